@@ -1,0 +1,312 @@
+"""Every attack and every sampler of the project: one update rule and the scores it ascends.
+
+    x_{k+1} = P [ x_k + step_size * u(grad_x score(x_k)) + noise * xi_k ],     xi_k ~ N(0, I)
+
+P projects onto the ball |x - x_0| <= eps and the box [0, 1]; u is the direction of steepest ascent: g / |g|_2
+per sample ("l2"), sign(g) ("linf"), or g itself ("none": Langevin). Attacks and samplers differ in the score,
+the start x_0 and (step_size, eps, noise, steps), in nothing else: the general form of Wang et al., ICLR 2022
+(CEM), which covers Zhu et al., ICCV 2021 (JEAT), and Yin et al., ECCV 2022 (AT-EBM), too.
+
+Conventions: images are float32 [B, C, H, W] in [0, 1]; eps, steps, noise are in that space; logits f(x) are
+[B, K]; energies are E(x, y) = -f(x)[y] and E(x) = -log sum_k exp f(x)[k]. A score maps x [B, ...] to [B] and
+is *increased*: a log-density up to a constant. Attacks and samplers run with the net in eval mode:
+
+    from samplers import ascend, cross_entropy, eval_mode
+    with eval_mode(f):
+        x_hat = ascend(cross_entropy(f, y), x, steps=7, step_size=0.1, eps=0.5, random_start=True)
+
+This file needs torch, torchvision and numpy, and nothing else of the project.
+"""
+import math
+import os
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+# ---------------------------------------------------------------- the update rule
+
+
+def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, random_start=False,
+           clamp=(0.0, 1.0), generator=None, callback=None):
+    """Ascend `score` from x: PGD, Langevin dynamics and everything between (the module's formula).
+
+    score         maps x [B, ...] to [B]; x  float [B, ...], the start and the centre x_0 of the ball
+    steps         number of steps; 0 returns x unmoved, without a random start
+    step_size     a step's l2 length ("l2"), the change of each pixel ("linf"), the gradient's factor ("none")
+    eps           radius of the ball around x: linf for "linf", l2 for "l2" and "none"; inf = no ball
+    noise         standard deviation of the Gaussian noise added at each step, inside the projection
+    random_start  start in the ball: uniform direction and uniform radius (l2), uniform (linf)
+    clamp         (low, high) box, applied last; None = no box
+    callback      callback(k, x_k, score_k) before each step k = 0..steps-1, with the score [B] computed there
+
+    Returns the last iterate, detached. A zero gradient gives a zero step. Leaves x, the parameters (.grad and
+    requires_grad) and every module's mode alone; the gradient is taken with respect to x only. ValueError: an
+    unknown norm; negative steps, step_size, eps, noise; random_start with infinite eps; x not float [B, ...].
+    """
+    _check(x, steps, step_size, eps, norm, noise, random_start)
+    x_0 = x.detach()
+    if steps == 0:
+        return x_0.clone()
+    x_k = _box(x_0 + _random_offset(x_0, eps, norm, generator), clamp) if random_start else x_0
+    for k in range(steps):
+        s, g = _value_and_gradient(score, x_k)
+        if callback is not None:
+            callback(k, x_k, s)
+        x_k = x_k + step_size * steepest(g, norm)
+        if noise:
+            x_k = x_k + noise * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        x_k = _box(project(x_k, x_0, eps, norm), clamp)
+    return x_k
+
+
+def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generator=None, callback=None):
+    """Langevin: x + step_size * grad score(x) + sqrt(2 * step_size * temperature) * xi (CEM, the slides).
+
+    `ascend` with the raw gradient; arguments and errors as there, and temperature >= 0. Its law tends to
+    exp(score / temperature) as step_size -> 0.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be >= 0, not {temperature}")
+    return ascend(score, x, steps, step_size, norm="none", noise=math.sqrt(2 * step_size * temperature),
+                  clamp=clamp, generator=generator, callback=callback)
+
+
+def steepest(g, norm):
+    """u(g): the direction of steepest ascent under `norm`, for g [B, ...]; zero where g is zero."""
+    if norm == "l2":
+        return g / _l2(g).clamp_min(torch.finfo(g.dtype).tiny ** 0.5)  # below it, squares underflow
+    return g.sign() if norm == "linf" else g
+
+
+def project(x, x_0, eps, norm):
+    """The point of the eps-ball around x_0 that is nearest to x, per sample: linf for "linf", else l2."""
+    if eps == math.inf:
+        return x
+    d = x - x_0
+    if norm == "linf":
+        return x_0 + d.clamp(-eps, eps)
+    return x_0 + d * (eps / _l2(d).clamp_min(max(eps, torch.finfo(d.dtype).tiny)))
+
+
+def _l2(v):
+    return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
+
+
+def _box(x, clamp):
+    return x if clamp is None else x.clamp(*clamp)
+
+
+def _random_offset(x, eps, norm, generator):
+    new = dict(generator=generator, dtype=x.dtype, device=x.device)
+    if norm == "linf":
+        return eps * (2 * torch.rand(x.shape, **new) - 1)
+    radius = torch.rand((len(x),) + (1,) * (x.ndim - 1), **new)
+    return eps * radius * steepest(torch.randn(x.shape, **new), "l2")
+
+
+def _value_and_gradient(score, x):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        s = score(x)
+        if s.shape != x.shape[:1]:
+            raise ValueError(f"a score must return one number per sample, [{len(x)}], not {list(s.shape)}")
+        (g,) = torch.autograd.grad(s.sum(), x)  # x only: the parameters' gradients are never computed
+    return s.detach(), g
+
+
+def _check(x, steps, step_size, eps, norm, noise, random_start):
+    if norm not in ("l2", "linf", "none"):
+        raise ValueError(f'norm must be "l2", "linf" or "none", not {norm!r}')
+    for name, value in dict(steps=steps, step_size=step_size, eps=eps, noise=noise).items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be >= 0, not {value}")
+    if random_start and eps == math.inf:
+        raise ValueError("random_start needs a finite eps")
+    if not x.is_floating_point() or x.ndim < 2:
+        raise ValueError(f"x must be float [B, ...], not {x.dtype} {list(x.shape)}")
+
+
+@contextmanager
+def eval_mode(*modules):
+    """Eval mode inside the `with`; then every submodule has its own mode again, after an exception too."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+# ---------------------------------------------------------------- scores
+# Each constructor returns functools.partial of a module-level function: its tensors are visible (score.args).
+# f maps x to logits [B, K]; y is int64 [B]; p_k = softmax(f)_k.
+
+
+def log_p_y_given_x(f, y):
+    """TA (Santurkar et al., 2019): log p(y|x) = f_y - LSE f; gradient grad f_y - sum_k p_k grad f_k."""
+    return partial(_log_p_y_given_x, f, y)
+
+
+def log_p_x(f):
+    """Langevin (CEM): log p(x) + const = LSE f = -E(x); gradient sum_k p_k grad f_k."""
+    return partial(_log_p_x, f)
+
+
+def log_p_x_given_y(f, y):
+    """CS, conditional sampling (CEM): log p(x|y) + const = f_y = -E(x, y); gradient grad f_y."""
+    return partial(_log_p_x_given_y, f, y)
+
+
+def reinforced(f, y):
+    """RCS, reinforced conditional sampling (CEM): f_y + LSE f; gradient grad f_y + sum_k p_k grad f_k."""
+    return partial(_reinforced, f, y)
+
+
+def cross_entropy(f, y):
+    """The supervised attack: CE(x, y) = -log p(y|x) = LSE f - f_y; minus TA's gradient."""
+    return partial(_cross_entropy, f, y)
+
+
+def logit(f, sign=1):
+    """sign * f(x) for a net with one logit [B, 1] (AT-EBM): +1 moves towards the data, -1 away from it."""
+    return partial(_logit, f, sign)
+
+
+def _pick(logits, y):
+    return logits.gather(1, y[:, None]).squeeze(1)
+
+
+def _log_p_y_given_x(f, y, x):
+    logits = f(x)
+    return _pick(logits, y) - logits.logsumexp(1)
+
+
+def _log_p_x(f, x):
+    return f(x).logsumexp(1)
+
+
+def _log_p_x_given_y(f, y, x):
+    return _pick(f(x), y)
+
+
+def _reinforced(f, y, x):
+    logits = f(x)
+    return _pick(logits, y) + logits.logsumexp(1)
+
+
+def _cross_entropy(f, y, x):
+    logits = f(x)
+    return logits.logsumexp(1) - _pick(logits, y)
+
+
+def _logit(f, sign, x):
+    return sign * f(x).squeeze(1)
+
+
+# ---------------------------------------------------------------- starts
+
+
+class Gaussians:
+    """What fit_gaussians returns: `mean` float64 [C, ...] per class (C = 1: pooled), and sample()."""
+
+    def __init__(self, mean, rows, jitter):
+        self.mean, self.rows, self.jitter = mean, rows, jitter  # rows: per class (X - mean) / sqrt(n) [n, D]
+
+    def sample(self, n_or_labels, generator=None):
+        """float32 samples, clamped to [0, 1]: n of a pooled fit, or one per label (int64 [B]) of a class-wise.
+
+        ValueError: a number for a class-wise fit, labels for a pooled one. IndexError: a label of no class.
+        """
+        pooled = isinstance(n_or_labels, int)
+        if pooled != (len(self.rows) == 1):
+            raise ValueError("a pooled fit samples a number of images, a class-wise fit samples labels")
+        device = self.mean.device
+        labels = torch.zeros(n_or_labels, dtype=torch.long) if pooled else n_or_labels.cpu()
+        x = self.mean.float()[labels.to(device)].flatten(1)
+        for c in labels.unique().tolist():
+            i = (labels == c).nonzero().squeeze(1).to(device)
+            z = torch.randn(len(i), len(self.rows[c]), generator=generator, device=device)
+            x[i] += z @ self.rows[c]
+        x += math.sqrt(self.jitter) * torch.randn(x.shape, generator=generator, device=device)
+        return x.unflatten(1, self.mean.shape[1:]).clamp_(0, 1)
+
+
+def fit_gaussians(x, y=None, jitter=1e-4):
+    """Class-wise Gaussians N(mu_c, Sigma_c + jitter * I) over the pixels, or one pooled (y = None).
+
+    x: uint8, or float in [0, 1], [N, ...]; y: int64 [N], every class 0..max(y) present. Sigma divides by n.
+    Santurkar et al., 2019 (their notebook). Sampled without a factorisation: mu + (X - mu)^T z / sqrt(n)
+    + sqrt(jitter) * xi has that very law. Keeps a float32 copy of x, on its device. ValueError: empty class.
+    """
+    scale = 255 if x.dtype == torch.uint8 else 1
+    groups = [x] if y is None else [x[y == c] for c in range(int(y.max()) + 1)]
+    if min(map(len, groups)) == 0:
+        raise ValueError("fit_gaussians: a class without images")
+    means = [g.mean(0, dtype=torch.float64) / scale for g in groups]
+    rows = [((g / scale - m.float()) / math.sqrt(len(g))).flatten(1).float() for g, m in zip(groups, means)]
+    return Gaussians(torch.stack(means), rows, jitter)
+
+
+# ---------------------------------------------------------------- evaluation and files
+
+
+def accuracy(f, x, y, score=None, *, batch_size=250, progress=None, **ascend_args):
+    """Share of x that f classifies as y, in eval mode; under attack where a score constructor is given.
+
+    x: uint8, or float in [0, 1], [N, C, H, W]; y: int64 [N]; score: e.g. cross_entropy, used as score(f, y);
+    ascend_args: of `ascend` (steps, step_size, ...); progress(done): after each batch. ValueError: N = 0.
+    """
+    if len(x) == 0:
+        raise ValueError("accuracy: no images")
+    correct = torch.zeros((), dtype=torch.long, device=x.device)
+    with eval_mode(f), torch.no_grad():
+        for i in range(0, len(x), batch_size):
+            x_i, y_i = to_float(x[i:i + batch_size]), y[i:i + batch_size]
+            if score is not None:
+                x_i = ascend(score(f, y_i), x_i, **ascend_args)
+            correct += (f(x_i).argmax(1) == y_i).sum()
+            if progress is not None:
+                progress(min(i + batch_size, len(x)))
+    return correct.item() / len(x)
+
+
+def to_float(x):
+    """uint8 0..255 -> float32 in [0, 1]; a float tensor is returned as it is."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def to_uint8(x):
+    """float -> uint8: x * 255 to the nearest integer, clipped to 0..255; a uint8 tensor stays as it is."""
+    return x if x.dtype == torch.uint8 else x.mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_samples(prefix, x, labels=None):
+    """Write prefix.npz and prefix.png, under temporary names first, so that an old file is replaced whole.
+
+    x: [N, C, H, W], uint8, or float in [0, 1] (rounded to nearest). npz: arr_0 uint8 [N, H, W, C], and arr_1
+    int64 [N] for labels: guided-diffusion's convention. png: at most 10 x 10; with labels, a row per class.
+    """
+    x = to_uint8(x.detach()).cpu()
+    arrays = [x.permute(0, 2, 3, 1).contiguous().numpy()]
+    shown = torch.arange(min(len(x), 100))
+    if labels is not None:
+        labels = labels.cpu()
+        arrays.append(labels.numpy())
+        rows = [(labels == c).nonzero().squeeze(1)[:10] for c in labels.unique().tolist()[:10]]
+        shown = torch.cat([r[: min(map(len, rows))] for r in rows])  # equally long rows
+    columns = min(10, len(shown)) if labels is None else len(shown) // len(rows)
+    grid = torchvision.utils.make_grid(x[shown], nrow=columns, padding=2, pad_value=255)
+    prefix = Path(prefix)
+    picture = torchvision.transforms.functional.to_pil_image(grid)
+    writers = {".npz": lambda file: np.savez(file, *arrays), ".png": lambda file: picture.save(file, "png")}
+    for suffix, write in writers.items():
+        temporary = prefix.parent / (prefix.name + suffix + ".tmp")
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, prefix.parent / (prefix.name + suffix))
