@@ -219,7 +219,7 @@ class Gaussians:
         self.mean, self.rows, self.jitter = mean, rows, jitter  # rows: per class (X - mean) / sqrt(n) [n, D]
 
     def sample(self, n_or_labels, generator=None):
-        """float32 samples, clamped to [0, 1]: n of a pooled fit, or one per label (int64 [B]) of a class-wise.
+        """float32 samples, clamped to [0, 1]: n of a pooled fit, or one per label (int64 [B]) of another.
 
         ValueError: a number for a class-wise fit, labels for a pooled one. IndexError: a label of no class.
         """

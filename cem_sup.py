@@ -1,0 +1,480 @@
+"""Supervised CEM: adversarial training as maximum likelihood, and the samplers that follow from it.
+
+Wang, Wang, Yang, Lin: A Unified Contrastive Energy-based Model for Understanding the Generative Ability of
+Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, with the classifier's logits f(x, y) = f(x)[y].
+
+  training  min_theta E max_{|x_hat - x| <= eps} CE(x_hat, y)                    adversarial training (AT)
+  inner     x_hat += a [ grad log sum_k exp f(x_hat, k) - grad f(x_hat, y) ]     Langevin on log p(x), biased
+  outer     grad E log p(x, y) = E [ grad f(x, y) - grad f(x_hat, y) ]           consistency, which AT omits
+                               + E [ grad f(x_hat, y) - grad f(x_hat, y_hat) ]   contrastive, AT's direction
+  sampling  ascend log p(y|x) (TA), log p(x) (Langevin), log p(x|y) (CS), f_y + log sum_k exp f_k (RCS)
+
+  python cem_sup.py                              the paper's net, on CIFAR-10 (downloaded): ResNet-50, l2 0.5
+  python cem_sup.py --arch resnet18 --epochs 30
+  python cem_sup.py --smoke                      everything, small, on drawn classes: 25 s on two CPU cores
+
+Writes checkpoint.pt, log.jsonl, results.json, samples_{ta,langevin,cs,rcs}.{png,npz} to --out; started again,
+it goes on. Sources of the defaults: [paper] the authors' slides; [robustness] MadryLab/robustness, on which
+the paper builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019; [assumed] our reading.
+"""
+import argparse
+import io
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, resnet18, resnet50
+
+from samplers import (accuracy, ascend, cross_entropy, eval_mode, fit_gaussians, log_p_x, log_p_x_given_y,
+                      log_p_y_given_x, reinforced, save_samples, to_float, to_uint8)
+
+# ================================================================ the method
+
+
+def at_loss(f, x, y, args):
+    """max_{|x_hat - x| <= eps} CE(f(x_hat), y) of images x [B, 3, 32, 32] in [0, 1] and labels y [B]."""
+    with eval_mode(f):  # inner maximisation: biased Langevin on log p(x), from a random point of the ball
+        x_hat = ascend(cross_entropy(f, y), x, args.attack_steps, args.attack_step_size,
+                       eps=args.attack_eps, norm=args.norm, random_start=True)
+    return F.cross_entropy(f(x_hat), y)  # outer minimisation: along the likelihood's contrastive term
+
+
+SAMPLERS = {"ta": log_p_y_given_x, "langevin": lambda f, y: log_p_x(f),
+            "cs": log_p_x_given_y, "rcs": reinforced}
+
+
+def sample(sampler, f, x_0, y, args, generator=None):
+    """Move seeds x_0 [B, 3, 32, 32] up the sampler's score. "langevin": the class is in x_0 [assumed]."""
+    with eval_mode(f):
+        return ascend(SAMPLERS[sampler](f, y), x_0, args.sample_steps, args.sample_step_size,
+                      eps=args.sample_eps, norm=args.sample_norm, noise=args.sample_noise,
+                      generator=generator)
+
+
+def seeds(x, y, args, generator):
+    """From the images x and labels y of --seed-split: a function from labels [B] to seeds [B, 3, 32, 32]."""
+    if args.start == "noise":
+        return lambda labels: torch.rand(len(labels), *x.shape[1:], generator=generator, device=x.device)
+    gaussians = fit_gaussians(x, y if args.start == "class" else None)  # class-wise in [Santurkar]
+    return lambda labels: gaussians.sample(labels if args.start == "class" else len(labels), generator)
+
+
+# ================================================================ model
+
+
+class Classifier(nn.Module):
+    """Images in [0, 1], [B, 3, 32, 32], to float32 logits [B, 10]; the normalisation is inside."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor([.4914, .4822, .4465]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([.2023, .1994, .2010]).view(3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        return self.net((x - self.mean) / self.std).float()
+
+
+def make_model(arch="resnet50", num_classes=10):
+    """resnet50 [paper] or resnet18 with CIFAR stem (3x3, stride 1, no max-pool), or "small" for --smoke.
+
+    f = make_model("resnet50"); f.load_state_dict(torch.load(PATH, weights_only=True)["model"]); f.eval()
+    """
+    if arch == "small":
+        def stage(c_in, c_out, stride):
+            down = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            return BasicBlock(c_in, c_out, stride, down)
+        stem = nn.Conv2d(3, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()  # 3x3 leaves a grid
+        return Classifier(nn.Sequential(*stem, stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2),
+                                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes)))
+    net = {"resnet18": resnet18, "resnet50": resnet50}[arch](num_classes=num_classes)
+    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
+    return Classifier(net)
+
+
+# ================================================================ its own arguments
+
+SMOKE = dict(arch="small", epochs=12, lr_drops=[0.7, 0.9], attack_eps=3.0, attack_steps=3,
+             attack_step_size=2.5, sample_steps=30, num_samples=200, limit_test=500)
+
+
+def parse_args(argv):
+    parser, groups = common_flags(("resnet18", "resnet50", "small"), SAMPLERS, ("class", "pooled", "noise"))
+    add = groups["training"].add_argument
+    add("--lr-drops", type=positive(float), nargs="*", metavar="X",
+        help="learning rate x 0.1 at these fractions of --epochs; default: 1/3 2/3")
+    add("--momentum", type=positive(float, zero=True), metavar="X", help="of SGD; %(default)s")
+    add("--weight-decay", type=positive(float, zero=True), metavar="X", help="of SGD; %(default)s")
+    parser.set_defaults(
+        arch="resnet50", norm="l2", attack_eps=0.5,  # [paper]
+        attack_steps=7, attack_step_size=0.1,  # and the random start [assumed; Santurkar's released model]
+        epochs=150, batch_size=128, lr=0.1, lr_drops=[1 / 3, 2 / 3], momentum=0.9,  # [robustness]
+        weight_decay=5e-4,  # [robustness]
+        sample_norm="l2", sample_steps=60, sample_step_size=0.5, sample_eps=30.0,  # [Santurkar]
+        sample_noise=0.0, start="class",  # [Santurkar]
+        num_samples=50000, sample_batch_size=500)
+    args = parse_common(parser, argv, SAMPLERS, SMOKE)
+    if math.isinf(args.attack_eps):
+        fail("--attack-eps must be finite: the attack starts at a random point of the ball")
+    return args
+
+
+# ================================================================ train, sample, evaluate
+
+
+def train(f, x_train, y_train, args, state):
+    optimizer = torch.optim.SGD(f.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    first, seconds = restore(state, args, f, optimizer)
+    n, begun = len(x_train), time.time()
+    for epoch in range(first, args.epochs):
+        f.train()
+        lr = args.lr * 0.1 ** sum(epoch >= drop * args.epochs for drop in args.lr_drops)
+        optimizer.param_groups[0]["lr"] = lr
+        start, total, seen = time.time(), torch.zeros((), device=x_train.device), 0
+        for i, batch in enumerate(torch.randperm(n, device=x_train.device).split(args.batch_size)):
+            x, y = to_float(x_train[batch]), y_train[batch]
+            x = x if args.smoke else crop_flip(x)  # the drawn bars have a direction
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+                loss = at_loss(f, x, y, args)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total, seen = total + loss.detach() * len(batch), seen + len(batch)
+            if i % (50 if x.is_cuda else 1) == 0 or seen == n:  # the only synchronisation
+                mean = total.item() / seen
+                check_loss(mean, args)
+                progress("training", begun, (args.epochs - first) * n, (epoch - first) * n + seen,
+                         f", epoch {epoch + 1}/{args.epochs}, loss {mean:.4f}")
+        took = time.time() - start
+        seconds += took
+        log(args, event="epoch", epoch=epoch + 1, loss=mean, lr=lr, seconds=took, images_per_s=n / took)
+        save_checkpoint(args, f, optimizer, epoch + 1, seconds)
+    return seconds
+
+
+def write_samples(name, f, seed, args, generator):
+    """--num-samples images of a sampler, the classes in turn; every sampler starts from the same seeds."""
+    generator.manual_seed(args.seed)
+    labels, images, start = torch.arange(args.num_samples, device=generator.device) % 10, [], time.time()
+    for y in labels.split(args.sample_batch_size):
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=args.amp):
+            images.append(to_uint8(sample(name, f, seed(y), y, args, generator)))
+        progress(f"sampling, {name}", start, len(labels), sum(map(len, images)))
+    save_samples(Path(args.out) / f"samples_{name}", torch.cat(images), labels)
+    return {"n": len(labels), "is_mean": None, "is_std": None, "fid": None}
+
+
+def run(args):
+    results, state = open_out(args)
+    device = torch.device(args.device)
+    x_train, y_train, x_test, y_test = load_data(args, device)
+    torch.manual_seed(args.seed)
+    f = make_model(args.arch).to(device, memory_format=torch.channels_last)
+    results["seconds"]["train"] = train(f, x_train, y_train, args, state)
+
+    # PGD-20 at the training radius, from the clean image, step 2.5 eps / 20 [robustness], last iterate
+    pgd20 = dict(steps=20, step_size=2.5 * args.attack_eps / 20, eps=args.attack_eps, norm=args.norm)
+    for name, attack in {"clean": {}, "pgd20": {"score": cross_entropy, **pgd20}}.items():
+        show = partial(progress, f"accuracy, {name}", time.time(), len(x_test))
+        once(results, args, "accuracy", name, ["limit_test"],
+             lambda: accuracy(f, x_test, y_test, progress=show, **attack))
+
+    generator = torch.Generator(device)
+    seed = seeds(*((x_test, y_test) if args.seed_split == "test" else (x_train, y_train)), args, generator)
+    for name in args.sampler:
+        once(results, args, "samples", name, SAMPLING_FLAGS,
+             lambda: write_samples(name, f, seed, args, generator))
+    score_samples(results, args, args.sampler)
+    print(json.dumps({"accuracy": results["accuracy"], "samples": results["samples"]}))
+
+
+# ================================================================ block: drawn data
+# From here to the end the four scripts are the same, block by block, so that each can be copied alone.
+
+
+def draw(n, seed):
+    """n drawn images uint8 [n, 3, 32, 32] and labels [n], in turn: disc, circles, X, plus, horizon, bars in
+    three directions, checkerboard, two dots. Place, size, hue, background and noise vary."""
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, channels=1):
+        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=g)
+
+    y, axis = torch.arange(n) % 10, torch.linspace(-1, 1, 32)
+    u, v, s = axis - uniform(-.25, .25), axis[:, None] - uniform(-.25, .25), uniform(.5, .7)
+    r, a, b, k, p = (u * u + v * v).sqrt(), u.abs(), v.abs(), uniform(7, 10), uniform(0, 6.3)
+    end = 1.2 * s - torch.maximum(a, b)
+    figures = [s - r, torch.sin(1.3 * k * r), torch.minimum(.2 - (a - b).abs(), end),
+               torch.minimum(.17 - torch.minimum(a, b), end), v, torch.sin(k * u + p), torch.sin(k * v + p),
+               torch.sin(.7 * k * (u + v) + p), torch.sin(k * u + p) * torch.sin(k * v + p),
+               .27 - ((a - .4) ** 2 + v * v).sqrt()]
+    mask = torch.stack([f.expand(n, 1, 32, 32) for f in figures])[y, torch.arange(n)].mul(16).sigmoid()
+    hue = .5 + .5 * torch.cos(2 * math.pi * (uniform(0, 1) + torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)))
+    figure, ground, swap = .25 + .75 * hue, uniform(0, .3, 3), uniform(0, 1) < .5  # else pixels tell
+    figure, ground = torch.where(swap, ground, figure), torch.where(swap, figure, ground)
+    return to_uint8(ground + (figure - ground) * mask + .03 * torch.randn(n, 3, 32, 32, generator=g)), y
+
+
+# ================================================================ block: loader
+
+
+def load_data(args, device):
+    """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32], int64 [N]; --smoke: drawn."""
+    sets, there = [draw(2000, seed=0), draw(1000, seed=1)], (Path(args.data) / "cifar-10-batches-py").exists()
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # a silent connection ends
+    try:
+        for i in range(0 if args.smoke else 2):
+            d = torchvision.datasets.CIFAR10(args.data, train=i == 0, download=not there)
+            sets[i] = torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)
+    except Exception as e:  # torchvision: RuntimeError for a wrong checksum, any error of the connection
+        fail(f"--data {args.data}: cifar-10-batches-py is damaged ({e}); delete it and try again"
+             if there else f"no CIFAR-10 in --data {args.data}, and no download ({e}); "
+                           "name another folder with --data, or try --smoke, which needs no data")
+    finally:
+        socket.setdefaulttimeout(patience)
+    return [t[:n].to(device) for pair, n in zip(sets, (args.limit_train, args.limit_test)) for t in pair]
+
+
+# ================================================================ block: crop_flip
+
+
+def crop_flip(x, pad=4, mode="constant"):
+    """Random crop of the padded image and random flip, for each sample of float x [B, C, H, W]."""
+    n, _, h, w = x.shape
+    rows = torch.randint(2 * pad + 1, (n, 1), device=x.device) + torch.arange(h, device=x.device)  # [B, H]
+    columns = torch.randint(2 * pad + 1, (n, 1), device=x.device) + torch.arange(w, device=x.device)
+    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
+    sample = torch.arange(n, device=x.device)[:, None, None]
+    return F.pad(x, (pad,) * 4, mode=mode)[sample, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+# ================================================================ block: log
+
+
+def progress(what, start, total, done, text=""):
+    """One line that rewrites itself on a terminal; elsewhere a line every ten seconds and at the end."""
+    now, terminal = time.time(), sys.stdout.isatty()
+    if done < total and now - getattr(progress, "shown", 0) < (0.2 if terminal else 10):
+        return
+    progress.shown, rate = now, done / max(now - start, 1e-9)
+    line = f"{what}: {done}/{total} images, {rate:.0f} images/s, ETA {(total - done) / rate:.0f} s{text}"
+    print(f"\r\033[K{line}" if terminal else line, end="" if terminal and done < total else "\n", flush=True)
+
+
+def log(args, **fields):
+    """A line of log.jsonl, for each epoch and event."""
+    with open(Path(args.out) / "log.jsonl", "a") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **fields}) + "\n")
+
+
+def write_results(args, results):
+    text = json.dumps({"args": vars(args), **results}, indent=2).replace("Infinity", '"inf"')
+    write_whole(Path(args.out) / "results.json", text.encode())
+
+
+def once(results, args, section, name, flags, work):
+    """results[section][name] = work(); skipped where results.json has it for the same epochs and flags."""
+    key = " ".join(f"{flag}={getattr(args, flag)}" for flag in ("epochs", *flags))
+    there = section != "samples" or (Path(args.out) / f"samples_{name}.npz").exists()
+    if there and results["done"].get(f"{section} {name}") == key:
+        return print(f"{section} {name}: already in {args.out}")
+    start = time.time()
+    results[section][name] = work()
+    results["done"][f"{section} {name}"], results["seconds"][name] = key, time.time() - start
+    log(args, event=f"{section} {name}", seconds=time.time() - start)
+    write_results(args, results)
+
+
+def score_samples(results, args, names):
+    """IS and FID of each samples_NAME.npz into results.json, or null with the reason."""
+    rows = {name: results["samples"][name] for name in names if results["samples"][name]["fid"] is None
+            or results["samples"][name]["inception_weights"] != args.inception_weights}
+    paths, why = [str(Path(args.out) / f"samples_{name}.npz") for name in rows], None
+    try:
+        if args.smoke or (args.device == "cpu" and not args.inception_weights):
+            raise ValueError("never with --smoke; on a CPU only with --inception-weights PATH")
+        from metrics import score
+        scores = score(paths, args.data, weights=args.inception_weights, device=args.device) if paths else []
+    except (ImportError, OSError, ValueError) as e:
+        scores, why = [{}] * len(rows), str(e)
+        print(f"no IS and FID ({why}); later: python metrics.py {' '.join(paths)} --data {args.data}")
+    for row, score in zip(rows.values(), scores):
+        row.update(score, reason=why, inception_weights=args.inception_weights)
+    write_results(args, results)
+
+
+# ================================================================ block: checkpoint
+
+
+def write_whole(path, data):
+    """Write bytes under a temporary name, then rename: the old file stays until the new one is whole."""
+    path.with_name(path.name + ".tmp").write_bytes(data)
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def open_out(args):
+    """What --out holds: (results, checkpoint or None), checked against args; emptied for a bare --smoke."""
+    if args.out is None:
+        args.out = f"runs/{NAME}" + ("-smoke" if args.smoke else "")
+        shutil.rmtree(args.out if args.smoke else "", ignore_errors=True)
+    mine = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    try:
+        path = Path(args.out) / "results.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        results = {"seconds": {}, "accuracy": {}, "samples": {}, "done": {}} | results | {
+            "device": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu",
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+        path = path.with_name("checkpoint.pt")
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        found = state or {"script": NAME, "epoch": 0, "args": vars(args)}
+        script, epoch, theirs = found["script"], found["epoch"], found["args"]
+    except Exception as e:
+        fail(f"{path} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
+    if args.eval_only:
+        mine, args.epochs = {}, epoch if state else fail(f"--eval-only: no checkpoint in {args.out}")
+        vars(args).update({k: v for k, v in theirs.items() if k not in FREE_FLAGS})  # as it was trained
+    other = [f"{k} was {theirs.get(k)}, is {v}" for k, v in mine.items() if theirs.get(k) != v]
+    if script != NAME or other or args.epochs < epoch:
+        fail(f"{path} is a run of {script}.py with {epoch} epochs; name another --out. {'; '.join(other)}")
+    if args.epochs != theirs["epochs"] and not args.eval_only:
+        print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
+    return results, state
+
+
+def restore(state, args, model, optimizer):
+    """Put the checkpoint back into model, optimiser and random numbers -> (epochs, seconds) done so far."""
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    log(args, event="start", flags=vars(args))
+    if state is None:
+        return 0, 0.0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if "cuda" in args.device and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+    print(f"{args.out}: {state['epoch']} of {args.epochs} epochs are done")
+    return state["epoch"], state["seconds"]
+
+
+def save_checkpoint(args, model, optimizer, epoch, seconds, **more):
+    buffer, rng = io.BytesIO(), {"rng": torch.get_rng_state()}
+    if "cuda" in args.device:
+        rng["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+    torch.save({"script": NAME, "epoch": epoch, "seconds": seconds, "args": vars(args), **rng, **more,
+                "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    write_whole(Path(args.out) / "checkpoint.pt", buffer.getbuffer())
+
+
+def check_loss(loss, args):
+    """Stop at a loss that is not finite or explodes, before it reaches a checkpoint."""
+    if not abs(loss) < 1e8:
+        fail(f"training diverged (loss {loss}). {args.out} keeps the last good checkpoint, if there was one: "
+             "the same command goes on from there; another --out with a smaller --lr is safer", code=1)
+
+
+# ================================================================ block: flags
+
+NAME = Path(__file__).stem
+SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
+                  "sample_eps", "sample_noise", "sample_batch_size")
+FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "limit_test", "inception_weights", "eval_only", "epochs", "data",
+              "out", "device"}  # these may change in the same --out
+
+
+def positive(kind, zero=False):
+    """An argparse type: an int or a float above zero (with zero=True, zero too); never NaN."""
+    def parse(text):
+        if not (kind(text) > 0 or zero and kind(text) == 0):
+            raise argparse.ArgumentTypeError(f"must be {'>= 0' if zero else '> 0'}, not {text}")
+        return kind(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def common_flags(archs, samplers, starts):
+    """The parser with the flags that mean the same in all four scripts, and its groups by name."""
+    parser = argparse.ArgumentParser(f"{NAME}.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    titles = ("data", "model", "training", "attack", "sampling", "evaluation")
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    data, model, training, attack, sampling, evaluation = (g.add_argument for g in groups.values())
+    count, steps = {"type": positive(int), "metavar": "N"}, {"type": positive(int, zero=True), "metavar": "N"}
+    real = {"type": positive(float, zero=True), "metavar": "X"}
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] * torch.cuda.is_available()
+    data("--data", default="./data", help="folder of cifar-10-batches-py, else downloaded; %(default)s")
+    data("--out", help=f"folder of the run; runs/{NAME}, with --smoke runs/{NAME}-smoke, begun afresh")
+    data("--limit-train", **count, help="only the first N training images")
+    data("--limit-test", **count, help="only the first N test images")
+    data("--smoke", action="store_true", help="the whole pipeline, small, on drawn classes, no downloads")
+    model("--arch", choices=archs, help="%(default)s")
+    model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
+    model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
+    training("--epochs", **count, help="passes over the data; may grow in the same --out; %(default)s")
+    training("--batch-size", **count, help="images; %(default)s")
+    training("--lr", **real, help="learning rate; %(default)s")
+    training("--seed", **steps, default=0, help="of weights, data order, attacks and sampling; %(default)s")
+    attack("--norm", choices=("l2", "linf"), help="of ball and step; %(default)s")
+    attack("--attack-eps", **real, help="radius, for pixels in [0, 1]; %(default)s")
+    attack("--attack-steps", **steps, help="0: no attack, the control; %(default)s")
+    attack("--attack-step-size", **real, help="for pixels in [0, 1]; %(default)s")
+    sampling("--sampler", nargs="+", choices=("all", *samplers), default=["all"], help="default: all")
+    sampling("--start", choices=starts, help="Gaussian per class, one pooled, uniform noise; %(default)s")
+    sampling("--seed-split", choices=("train", "test"), default="train", help="of the Gaussians; %(default)s")
+    sampling("--num-samples", **count, help="images per sampler; %(default)s")
+    sampling("--sample-norm", choices=("l2", "linf", "none"), help="none: the raw gradient; %(default)s")
+    sampling("--sample-steps", **steps, help="%(default)s")
+    sampling("--sample-step-size", **real, help="for pixels in [0, 1]; %(default)s")
+    sampling("--sample-eps", **real, help="radius of the ball around the seed, or inf; %(default)s")
+    sampling("--sample-noise", **real, help="standard deviation, per step and pixel; %(default)s")
+    sampling("--sample-batch-size", **count, help="images moved together; %(default)s")
+    evaluation("--eval-only", action="store_true", help="no training; its flags as in --out's checkpoint")
+    evaluation("--inception-weights", metavar="PATH", help="for IS, FID; default: downloaded, on CUDA only")
+    return parser, groups
+
+
+def parse_common(parser, argv, samplers, smoke):
+    """The arguments; --smoke changes the defaults to `smoke`."""
+    if parser.parse_args(argv).smoke:
+        parser.set_defaults(**smoke)
+    args = parser.parse_args(argv)
+    args.amp = "cuda" in args.device if args.amp is None else args.amp
+    args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
+    return args
+
+
+# ================================================================ block: main
+
+
+def fail(message, code=2):
+    """One line on stderr, and the end."""
+    print(f"{NAME}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.benchmark = True
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command with --out {args.out} goes on after the last epoch", code=130)
+    except (OSError, torch.OutOfMemoryError) as e:  # --out not writable, disk full; a smaller --batch-size
+        fail(e, code=2 if isinstance(e, OSError) else 1)
+
+
+if __name__ == "__main__":
+    main()
