@@ -1,0 +1,55 @@
+"""The layout that readers and copiers rely on: repeated blocks are identical, files stand alone and stay readable."""
+import ast
+import re
+import shutil
+import sys
+
+import pytest
+
+from conftest import ROOT, run_script
+
+SCRIPTS = [p for p in ("cem_sup", "cem_unsup", "jeat", "binary_at_ebm") if (ROOT / f"{p}.py").exists()]
+BLOCKS = ["drawn data", "loader", "crop_flip", "log", "checkpoint", "flags", "main"]
+
+
+def blocks(source):
+    """The marked blocks of a script by name; the last one ends with the file."""
+    parts = re.split(r"^# =+ block: (.*)$", source, flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2]))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_repeated_blocks_are_identical(name):
+    mine, first = (blocks((ROOT / f"{n}.py").read_text()) for n in (name, "cem_sup"))
+    wanted = [b for b in BLOCKS if not (name == "cem_unsup" and b == "crop_flip")]  # which makes its own views
+    assert list(mine) == wanted
+    for block in wanted:
+        assert mine[block] == first[block], f"{name}.py differs from cem_sup.py in the block {block!r}"
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]), ids=lambda p: p.name)
+def test_files_can_be_read(path):
+    lines = path.read_text().splitlines()
+    assert max(map(len, lines)) <= 110
+    assert len(lines) <= {"samplers": 380, "metrics": 331}.get(path.stem, 500 if path.stem in SCRIPTS else 10_000)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "samplers", "metrics"])
+def test_scripts_import_only_samplers_and_metrics(name):
+    """Of the project; of the packages only the four that requirements.txt brings in for use."""
+    allowed = {"torch", "torchvision", "numpy", *sys.stdlib_module_names}
+    allowed |= {"samplers", "metrics"} if name in SCRIPTS else set()
+    tree = ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))
+    found = {a.name.split(".")[0] for n in tree if isinstance(n, ast.Import) for a in n.names}
+    tree = ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))
+    found |= {n.module.split(".")[0] for n in tree if isinstance(n, ast.ImportFrom)}
+    assert found <= allowed
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_and_samplers_alone_train_and_sample(name, tmp_path):
+    for file in (f"{name}.py", "samplers.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    run_script(name, "--smoke", "--epochs", 1, "--limit-train", 128, "--limit-test", 50, "--num-samples", 20,
+               "--sample-steps", 2, "--device", "cpu", cwd=tmp_path)
+    assert list((tmp_path / "runs" / f"{name}-smoke").glob("samples_*.png"))
