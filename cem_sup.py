@@ -41,11 +41,10 @@ from samplers import (accuracy, ascend, cross_entropy, eval_mode, fit_gaussians,
 # ================================================================ the method
 
 
-def at_loss(f, x, y, args):
+def at_loss(f, x, y, steps=7, step_size=0.1, eps=0.5, norm="l2"):
     """max_{|x_hat - x| <= eps} CE(f(x_hat), y) of images x [B, 3, 32, 32] in [0, 1] and labels y [B]."""
     with eval_mode(f):  # inner maximisation: biased Langevin on log p(x), from a random point of the ball
-        x_hat = ascend(cross_entropy(f, y), x, args.attack_steps, args.attack_step_size,
-                       eps=args.attack_eps, norm=args.norm, random_start=True)
+        x_hat = ascend(cross_entropy(f, y), x, steps, step_size, eps=eps, norm=norm, random_start=True)
     return F.cross_entropy(f(x_hat), y)  # outer minimisation: along the likelihood's contrastive term
 
 
@@ -53,20 +52,19 @@ SAMPLERS = {"ta": log_p_y_given_x, "langevin": lambda f, y: log_p_x(f),
             "cs": log_p_x_given_y, "rcs": reinforced}
 
 
-def sample(sampler, f, x_0, y, args, generator=None):
+def sample(sampler, f, x_0, y, steps=60, step_size=0.5, eps=30.0, norm="l2", noise=0.0, generator=None):
     """Move seeds x_0 [B, 3, 32, 32] up the sampler's score. "langevin": the class is in x_0 [assumed]."""
     with eval_mode(f):
-        return ascend(SAMPLERS[sampler](f, y), x_0, args.sample_steps, args.sample_step_size,
-                      eps=args.sample_eps, norm=args.sample_norm, noise=args.sample_noise,
+        return ascend(SAMPLERS[sampler](f, y), x_0, steps, step_size, eps=eps, norm=norm, noise=noise,
                       generator=generator)
 
 
-def seeds(x, y, args, generator):
-    """From the images x and labels y of --seed-split: a function from labels [B] to seeds [B, 3, 32, 32]."""
-    if args.start == "noise":
+def starts(kind, x, y, generator):
+    """A function from labels [B] to seeds x_0 [B, 3, 32, 32]: Gaussians of images x, labels y, or noise."""
+    if kind == "noise":
         return lambda labels: torch.rand(len(labels), *x.shape[1:], generator=generator, device=x.device)
-    gaussians = fit_gaussians(x, y if args.start == "class" else None)  # class-wise in [Santurkar]
-    return lambda labels: gaussians.sample(labels if args.start == "class" else len(labels), generator)
+    gaussians = fit_gaussians(x, y if kind == "class" else None)  # class-wise in [Santurkar]
+    return lambda labels: gaussians.sample(labels if kind == "class" else len(labels), generator)
 
 
 # ================================================================ model
@@ -78,26 +76,25 @@ class Classifier(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
-        self.register_buffer("mean", torch.tensor([.4914, .4822, .4465]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([.2023, .1994, .2010]).view(3, 1, 1), persistent=False)
+        mean, std = [.4914, .4822, .4465], [.2023, .1994, .2010]  # [robustness]
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, x):
         return self.net((x - self.mean) / self.std).float()
 
 
-def make_model(arch="resnet50", num_classes=10):
-    """resnet50 [paper] or resnet18 with CIFAR stem (3x3, stride 1, no max-pool), or "small" for --smoke.
-
-    f = make_model("resnet50"); f.load_state_dict(torch.load(PATH, weights_only=True)["model"]); f.eval()
-    """
+def make_model(arch="resnet50"):
+    """A Classifier: resnet50 [paper] or resnet18, with a 3x3 stem of stride 1, no max-pool [robustness], and
+    torchvision's initialisation [assumed]; or "small", the smoke run's. README: loading a checkpoint."""
     if arch == "small":
         def stage(c_in, c_out, stride):
             down = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
             return BasicBlock(c_in, c_out, stride, down)
         stem = nn.Conv2d(3, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()  # 3x3 leaves a grid
         return Classifier(nn.Sequential(*stem, stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2),
-                                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes)))
-    net = {"resnet18": resnet18, "resnet50": resnet50}[arch](num_classes=num_classes)
+                                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)))
+    net = {"resnet18": resnet18, "resnet50": resnet50}[arch](num_classes=10)
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
     return Classifier(net)
@@ -111,22 +108,19 @@ SMOKE = dict(arch="small", epochs=12, lr_drops=[0.7, 0.9], attack_eps=3.0, attac
 
 def parse_args(argv):
     parser, groups = common_flags(("resnet18", "resnet50", "small"), SAMPLERS, ("class", "pooled", "noise"))
-    add = groups["training"].add_argument
-    add("--lr-drops", type=positive(float), nargs="*", metavar="X",
-        help="learning rate x 0.1 at these fractions of --epochs; default: 1/3 2/3")
-    add("--momentum", type=positive(float, zero=True), metavar="X", help="of SGD; %(default)s")
-    add("--weight-decay", type=positive(float, zero=True), metavar="X", help="of SGD; %(default)s")
+    groups["training"].add_argument("--lr-drops", type=float, nargs="*", metavar="X",
+                                    help="--lr x 0.1 at these fractions of --epochs; default: 1/3 2/3")
     parser.set_defaults(
-        arch="resnet50", norm="l2", attack_eps=0.5,  # [paper]
-        attack_steps=7, attack_step_size=0.1,  # and the random start [assumed; Santurkar's released model]
-        epochs=150, batch_size=128, lr=0.1, lr_drops=[1 / 3, 2 / 3], momentum=0.9,  # [robustness]
-        weight_decay=5e-4,  # [robustness]
+        arch="resnet50",  # [paper]
+        # [assumed: Santurkar's released model], as the random start; its radius is uniform [assumed]
+        norm="l2", attack_eps=0.5, attack_steps=7, attack_step_size=0.1,
+        epochs=150, batch_size=128, lr=0.1, lr_drops=[1 / 3, 2 / 3],  # [robustness]
         sample_norm="l2", sample_steps=60, sample_step_size=0.5, sample_eps=30.0,  # [Santurkar]
         sample_noise=0.0, start="class",  # [Santurkar]
-        num_samples=50000, sample_batch_size=500)
+        num_samples=50000, sample_batch_size=500)  # [assumed]
     args = parse_common(parser, argv, SAMPLERS, SMOKE)
     if math.isinf(args.attack_eps):
-        fail("--attack-eps must be finite: the attack starts at a random point of the ball")
+        fail("--attack-eps must be finite, for the random start and for PGD-20")
     return args
 
 
@@ -134,7 +128,8 @@ def parse_args(argv):
 
 
 def train(f, x_train, y_train, args, state):
-    optimizer = torch.optim.SGD(f.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    """Train f in place, from `state` (a checkpoint or None) to --epochs -> seconds, those before included."""
+    optimizer = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)  # [robustness]
     first, seconds = restore(state, args, f, optimizer)
     n, begun = len(x_train), time.time()
     for epoch in range(first, args.epochs):
@@ -144,9 +139,9 @@ def train(f, x_train, y_train, args, state):
         start, total, seen = time.time(), torch.zeros((), device=x_train.device), 0
         for i, batch in enumerate(torch.randperm(n, device=x_train.device).split(args.batch_size)):
             x, y = to_float(x_train[batch]), y_train[batch]
-            x = x if args.smoke else crop_flip(x)  # the drawn bars have a direction
+            x = x if args.smoke else crop_flip(x)  # [assumed]; the drawn bars have a direction
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-                loss = at_loss(f, x, y, args)
+                loss = at_loss(f, x, y, args.attack_steps, args.attack_step_size, args.attack_eps, args.norm)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -163,40 +158,47 @@ def train(f, x_train, y_train, args, state):
     return seconds
 
 
-def write_samples(name, f, seed, args, generator):
+def write_samples(name, f, start, args, generator):
     """--num-samples images of a sampler, the classes in turn; every sampler starts from the same seeds."""
     generator.manual_seed(args.seed)
-    labels, images, start = torch.arange(args.num_samples, device=generator.device) % 10, [], time.time()
+    labels, images, begun = torch.arange(args.num_samples, device=generator.device) % 10, [], time.time()
     for y in labels.split(args.sample_batch_size):
+        x_0 = start(y)  # in float32
         with torch.autocast(y.device.type, torch.bfloat16, enabled=args.amp):
-            images.append(to_uint8(sample(name, f, seed(y), y, args, generator)))
-        progress(f"sampling, {name}", start, len(labels), sum(map(len, images)))
+            x = sample(name, f, x_0, y, args.sample_steps, args.sample_step_size, args.sample_eps,
+                       args.sample_norm, args.sample_noise, generator)
+        images.append(to_uint8(x))
+        progress(f"sampling, {name}", begun, len(labels), sum(map(len, images)))
     save_samples(Path(args.out) / f"samples_{name}", torch.cat(images), labels)
     return {"n": len(labels), "is_mean": None, "is_std": None, "fid": None}
 
 
 def run(args):
-    results, state = open_out(args)
+    state = open_out(args)
     device = torch.device(args.device)
     x_train, y_train, x_test, y_test = load_data(args, device)
+    split = (x_test, y_test) if args.seed_split == "test" else (x_train, y_train)
+    if args.start == "class" and len(split[1].unique()) < 10:
+        fail("--start class needs all ten classes: a larger --limit-train or --limit-test")
     torch.manual_seed(args.seed)
     f = make_model(args.arch).to(device, memory_format=torch.channels_last)
-    results["seconds"]["train"] = train(f, x_train, y_train, args, state)
+    seconds = train(f, x_train, y_train, args, state)
+    results = open_results(args, seconds)
 
-    # PGD-20 at the training radius, from the clean image, step 2.5 eps / 20 [robustness], last iterate
-    pgd20 = dict(steps=20, step_size=2.5 * args.attack_eps / 20, eps=args.attack_eps, norm=args.norm)
-    for name, attack in {"clean": {}, "pgd20": {"score": cross_entropy, **pgd20}}.items():
+    eps = args.attack_eps  # PGD-20: from the clean image [robustness], the last iterate [assumed]
+    pgd20 = dict(score=cross_entropy, steps=20, step_size=2.5 * eps / 20, eps=eps, norm=args.norm)
+    for name, attack in {"clean": {}, "pgd20": pgd20}.items():
         show = partial(progress, f"accuracy, {name}", time.time(), len(x_test))
         once(results, args, "accuracy", name, ["limit_test"],
              lambda: accuracy(f, x_test, y_test, progress=show, **attack))
 
     generator = torch.Generator(device)
-    seed = seeds(*((x_test, y_test) if args.seed_split == "test" else (x_train, y_train)), args, generator)
+    start = starts(args.start, *split, generator)
     for name in args.sampler:
         once(results, args, "samples", name, SAMPLING_FLAGS,
-             lambda: write_samples(name, f, seed, args, generator))
+             lambda: write_samples(name, f, start, args, generator))
     score_samples(results, args, args.sampler)
-    print(json.dumps({"accuracy": results["accuracy"], "samples": results["samples"]}))
+    print(f"{args.out}/results.json: accuracy {results['accuracy']}")
 
 
 # ================================================================ block: drawn data
@@ -231,7 +233,7 @@ def draw(n, seed):
 
 def load_data(args, device):
     """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32], int64 [N]; --smoke: drawn."""
-    sets, there = [draw(2000, seed=0), draw(1000, seed=1)], (Path(args.data) / "cifar-10-batches-py").exists()
+    sets, there = [draw(2000, seed=0), draw(1000, seed=1)], Path(args.data, "cifar-10-batches-py").exists()
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # a silent connection ends
     try:
@@ -239,9 +241,8 @@ def load_data(args, device):
             d = torchvision.datasets.CIFAR10(args.data, train=i == 0, download=not there)
             sets[i] = torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)
     except Exception as e:  # torchvision: RuntimeError for a wrong checksum, any error of the connection
-        fail(f"--data {args.data}: cifar-10-batches-py is damaged ({e}); delete it and try again"
-             if there else f"no CIFAR-10 in --data {args.data}, and no download ({e}); "
-                           "name another folder with --data, or try --smoke, which needs no data")
+        what = "a damaged cifar-10-batches-py, to be deleted," if there else "no CIFAR-10 and no download"
+        fail(f"--data {args.data}: {what} ({e}); name another folder, or try --smoke, which needs no data")
     finally:
         socket.setdefaulttimeout(patience)
     return [t[:n].to(device) for pair, n in zip(sets, (args.limit_train, args.limit_test)) for t in pair]
@@ -279,39 +280,60 @@ def log(args, **fields):
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **fields}) + "\n")
 
 
+def open_results(args, seconds):
+    """results.json, emptied if of another training; its `done` says which flags gave a number."""
+    path = Path(args.out) / "results.json"
+    trained = str({k: v for k, v in vars(args).items() if k not in FREE_FLAGS or k == "epochs"})
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+        if results.get("trained") != trained:
+            results = {"trained": trained, "accuracy": {}, "samples": {}, "seconds": {}, "done": {}}
+        results["seconds"]["train"] = seconds
+    except (ValueError, KeyError, AttributeError):
+        fail(f"{path} is damaged: delete it to evaluate again")
+    results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    results["device"] = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
+    return results
+
+
 def write_results(args, results):
-    text = json.dumps({"args": vars(args), **results}, indent=2).replace("Infinity", '"inf"')
-    write_whole(Path(args.out) / "results.json", text.encode())
+    flags = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON has no infinity
+    write_whole(Path(args.out) / "results.json", json.dumps(results | {"args": flags}, indent=2).encode())
 
 
 def once(results, args, section, name, flags, work):
-    """results[section][name] = work(); skipped where results.json has it for the same epochs and flags."""
-    key = " ".join(f"{flag}={getattr(args, flag)}" for flag in ("epochs", *flags))
+    """results[section][name] = work(); skipped where results.json has it for the same training and flags."""
+    key, phase = str({k: getattr(args, k) for k in flags}), f"{section} {name}"
     there = section != "samples" or (Path(args.out) / f"samples_{name}.npz").exists()
-    if there and results["done"].get(f"{section} {name}") == key:
-        return print(f"{section} {name}: already in {args.out}")
-    start = time.time()
+    if there and results["done"].get(phase) == key:
+        return print(f"{phase}: already in {args.out}")
+    begun = time.time()
+    results["done"].pop(phase, None)
+    write_results(args, results)  # a kill from here on leaves no row that belongs to other samples
     results[section][name] = work()
-    results["done"][f"{section} {name}"], results["seconds"][name] = key, time.time() - start
-    log(args, event=f"{section} {name}", seconds=time.time() - start)
+    results["done"][phase], results["seconds"][name] = key, time.time() - begun
+    log(args, event=phase, seconds=time.time() - begun)
     write_results(args, results)
 
 
 def score_samples(results, args, names):
     """IS and FID of each samples_NAME.npz into results.json, or null with the reason."""
-    rows = {name: results["samples"][name] for name in names if results["samples"][name]["fid"] is None
-            or results["samples"][name]["inception_weights"] != args.inception_weights}
+    none, given = {"is_mean": None, "is_std": None, "fid": None}, args.inception_weights
+    rows = {name: row for name, row in results["samples"].items() if name in names
+            and (row["fid"] is None or given not in (None, row["inception_weights"]))}
     paths, why = [str(Path(args.out) / f"samples_{name}.npz") for name in rows], None
+    if not rows:
+        return
     try:
-        if args.smoke or (args.device == "cpu" and not args.inception_weights):
+        if args.smoke or (args.device == "cpu" and not given):
             raise ValueError("never with --smoke; on a CPU only with --inception-weights PATH")
         from metrics import score
-        scores = score(paths, args.data, weights=args.inception_weights, device=args.device) if paths else []
-    except (ImportError, OSError, ValueError) as e:
+        scores = score(paths, args.data, weights=given, device=args.device)
+    except (ImportError, OSError, ValueError, torch.OutOfMemoryError) as e:
         scores, why = [{}] * len(rows), str(e)
         print(f"no IS and FID ({why}); later: python metrics.py {' '.join(paths)} --data {args.data}")
     for row, score in zip(rows.values(), scores):
-        row.update(score, reason=why, inception_weights=args.inception_weights)
+        row.update(none | score, reason=why, inception_weights=given)
     write_results(args, results)
 
 
@@ -325,38 +347,37 @@ def write_whole(path, data):
 
 
 def open_out(args):
-    """What --out holds: (results, checkpoint or None), checked against args; emptied for a bare --smoke."""
+    """The checkpoint in --out or None, checked against args. A --smoke without --out starts afresh."""
     if args.out is None:
         args.out = f"runs/{NAME}" + ("-smoke" if args.smoke else "")
-        shutil.rmtree(args.out if args.smoke else "", ignore_errors=True)
+        if args.smoke and not args.eval_only:
+            shutil.rmtree(args.out, ignore_errors=True)
     mine = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    path = Path(args.out) / "checkpoint.pt"
+    if not path.exists():
+        return fail(f"--eval-only: no checkpoint in {args.out}") if args.eval_only else None
     try:
-        path = Path(args.out) / "results.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        results = {"seconds": {}, "accuracy": {}, "samples": {}, "done": {}} | results | {
-            "device": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu",
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        path = path.with_name("checkpoint.pt")
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        found = state or {"script": NAME, "epoch": 0, "args": vars(args)}
-        script, epoch, theirs = found["script"], found["epoch"], found["args"]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        script, epoch, theirs = state["script"], state["epoch"], state["args"]
     except Exception as e:
         fail(f"{path} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
-    if args.eval_only:
-        mine, args.epochs = {}, epoch if state else fail(f"--eval-only: no checkpoint in {args.out}")
-        vars(args).update({k: v for k, v in theirs.items() if k not in FREE_FLAGS})  # as it was trained
     other = [f"{k} was {theirs.get(k)}, is {v}" for k, v in mine.items() if theirs.get(k) != v]
+    if args.eval_only and script == NAME:
+        print(f"as it was trained: {args.out}, {epoch} epochs" + "".join(f"; {change}" for change in other))
+        vars(args).update({k: v for k, v in theirs.items() if k not in FREE_FLAGS}, epochs=epoch)
+        return state
     if script != NAME or other or args.epochs < epoch:
-        fail(f"{path} is a run of {script}.py with {epoch} epochs; name another --out. {'; '.join(other)}")
-    if args.epochs != theirs["epochs"] and not args.eval_only:
+        fail(f"{path} is of {script}.py with {epoch} epochs: --epochs may grow, all else needs another --out"
+             + "".join(f"; {change}" for change in other))
+    if args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
-    return results, state
+    return state
 
 
 def restore(state, args, model, optimizer):
-    """Put the checkpoint back into model, optimiser and random numbers -> (epochs, seconds) done so far."""
+    """Make --out; put the checkpoint back into model, optimiser, random numbers -> (epochs, seconds) done."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    log(args, event="start", flags=vars(args))
+    log(args, event="start", epoch=state["epoch"] if state else 0)
     if state is None:
         return 0, 0.0
     model.load_state_dict(state["model"])
@@ -369,6 +390,8 @@ def restore(state, args, model, optimizer):
 
 
 def save_checkpoint(args, model, optimizer, epoch, seconds, **more):
+    """Write checkpoint.pt, if every weight is finite: plain dicts, which load with weights_only=True."""
+    check_loss(sum(p.detach().sum() for p in model.parameters()).item() * 0, args)
     buffer, rng = io.BytesIO(), {"rng": torch.get_rng_state()}
     if "cuda" in args.device:
         rng["cuda_rng"] = torch.cuda.get_rng_state(args.device)
@@ -380,27 +403,17 @@ def save_checkpoint(args, model, optimizer, epoch, seconds, **more):
 def check_loss(loss, args):
     """Stop at a loss that is not finite or explodes, before it reaches a checkpoint."""
     if not abs(loss) < 1e8:
-        fail(f"training diverged (loss {loss}). {args.out} keeps the last good checkpoint, if there was one: "
-             "the same command goes on from there; another --out with a smaller --lr is safer", code=1)
+        fail(f"training diverged (loss {loss}). {args.out} keeps the last good checkpoint, if there was one; "
+             "a smaller --lr with another --out, or another --seed, may do better", code=1)
 
 
 # ================================================================ block: flags
 
 NAME = Path(__file__).stem
 SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
-                  "sample_eps", "sample_noise", "sample_batch_size")
-FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "limit_test", "inception_weights", "eval_only", "epochs", "data",
-              "out", "device"}  # these may change in the same --out
-
-
-def positive(kind, zero=False):
-    """An argparse type: an int or a float above zero (with zero=True, zero too); never NaN."""
-    def parse(text):
-        if not (kind(text) > 0 or zero and kind(text) == 0):
-            raise argparse.ArgumentTypeError(f"must be {'>= 0' if zero else '> 0'}, not {text}")
-        return kind(text)
-    parse.__name__ = kind.__name__
-    return parse
+                  "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp")
+POSITIVE_FLAGS = "epochs batch_size lr limit_train limit_test num_samples sample_batch_size".split()
+FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device"}
 
 
 def common_flags(archs, samplers, starts):
@@ -411,8 +424,7 @@ def common_flags(archs, samplers, starts):
     titles = ("data", "model", "training", "attack", "sampling", "evaluation")
     groups = {title: parser.add_argument_group(title) for title in titles}
     data, model, training, attack, sampling, evaluation = (g.add_argument for g in groups.values())
-    count, steps = {"type": positive(int), "metavar": "N"}, {"type": positive(int, zero=True), "metavar": "N"}
-    real = {"type": positive(float, zero=True), "metavar": "X"}
+    count, real = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
     cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] * torch.cuda.is_available()
     data("--data", default="./data", help="folder of cifar-10-batches-py, else downloaded; %(default)s")
     data("--out", help=f"folder of the run; runs/{NAME}, with --smoke runs/{NAME}-smoke, begun afresh")
@@ -425,17 +437,17 @@ def common_flags(archs, samplers, starts):
     training("--epochs", **count, help="passes over the data; may grow in the same --out; %(default)s")
     training("--batch-size", **count, help="images; %(default)s")
     training("--lr", **real, help="learning rate; %(default)s")
-    training("--seed", **steps, default=0, help="of weights, data order, attacks and sampling; %(default)s")
+    training("--seed", **count, default=0, help="of weights, data order, attacks and sampling; %(default)s")
     attack("--norm", choices=("l2", "linf"), help="of ball and step; %(default)s")
     attack("--attack-eps", **real, help="radius, for pixels in [0, 1]; %(default)s")
-    attack("--attack-steps", **steps, help="0: no attack, the control; %(default)s")
+    attack("--attack-steps", **count, help="0: no attack, the control; %(default)s")
     attack("--attack-step-size", **real, help="for pixels in [0, 1]; %(default)s")
     sampling("--sampler", nargs="+", choices=("all", *samplers), default=["all"], help="default: all")
     sampling("--start", choices=starts, help="Gaussian per class, one pooled, uniform noise; %(default)s")
     sampling("--seed-split", choices=("train", "test"), default="train", help="of the Gaussians; %(default)s")
     sampling("--num-samples", **count, help="images per sampler; %(default)s")
     sampling("--sample-norm", choices=("l2", "linf", "none"), help="none: the raw gradient; %(default)s")
-    sampling("--sample-steps", **steps, help="%(default)s")
+    sampling("--sample-steps", **count, help="%(default)s")
     sampling("--sample-step-size", **real, help="for pixels in [0, 1]; %(default)s")
     sampling("--sample-eps", **real, help="radius of the ball around the seed, or inf; %(default)s")
     sampling("--sample-noise", **real, help="standard deviation, per step and pixel; %(default)s")
@@ -452,6 +464,11 @@ def parse_common(parser, argv, samplers, smoke):
     args = parser.parse_args(argv)
     args.amp = "cuda" in args.device if args.amp is None else args.amp
     args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
+    for flag, v in vars(args).items():  # no NaN; inf as a radius only
+        if type(v) in (int, float) and not (0 <= v < 2 ** 63 or v == math.inf and flag.endswith("eps")) or (
+                v == 0 and flag in POSITIVE_FLAGS):
+            sign = ">" if flag in POSITIVE_FLAGS else ">="
+            fail(f"--{flag.replace('_', '-')} must be {sign} 0 and finite, not {v}")
     return args
 
 

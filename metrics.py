@@ -93,16 +93,16 @@ class InceptionV3(inception.Inception3):
 
 def load_inception(path=None, device="cpu"):
     """The network with the FID weights, in eval mode; `.weights_hash` is the file's sha256, first 8 digits.
-    Default: torch.hub's cached copy, downloaded and checked where there is none. Another hash: a warning.
+    Default: torch.hub's cached copy, downloaded where there is none, and checked. Another file: a warning.
     OSError where the file is absent or cannot be downloaded, ValueError where it is broken."""
-    if path is None:
-        path = Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _download("the Inception weights", "give --inception-weights PATH"):
-                torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_HASH, sys.stderr.isatty())
+    default = Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name)
+    path = Path(path or default)
+    if path == default and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _download("the Inception weights", "give --inception-weights PATH"):
+            torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_HASH, sys.stderr.isatty())
     net = InceptionV3()
-    net.weights_hash = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    net.weights_hash = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         # old files lack BatchNorm's counters, which eval mode does not read
@@ -111,6 +111,8 @@ def load_inception(path=None, device="cpu"):
     except Exception as e:  # torch.load raises a dozen kinds
         raise ValueError(f"{path}: not a file of Inception weights ({_one_line(e)})") from e
     if net.weights_hash != WEIGHTS_HASH:
+        if path == default:
+            raise ValueError(f"{path}: damaged (its sha256 is wrong): delete it, to download it again")
         print(f"metrics.py: warning: {path}: not the FID weights: incomparable scores", file=sys.stderr)
     return net.eval().to(device)
 
@@ -149,8 +151,7 @@ def inception_score(logits, splits=SPLITS, seed=2020):
 
 
 def gaussian_statistics(features):
-    """Mean [D] and covariance [D, D] of features [N, D], in float64 on their device. ValueError if N < 2 or a
-    feature is not finite."""
+    """Mean [D] and covariance [D, D] of features [N, D] in float64. ValueError: N < 2, not finite."""
     x = features.double()
     if len(x) < 2 or not x.isfinite().all():
         raise ValueError(f"a covariance needs at least 2 rows, all finite; got {list(x.shape)}")
@@ -265,9 +266,8 @@ def _cifar10_train(data):
 
 
 def reference_statistics(extract, weights_hash, data="./data", reference=None, batch_size=128):
-    """(mu, sigma) in float64, of all 50,000 CIFAR-10 train images through extract: computed once and kept in
-    `data` under a name that holds weights_hash. Or of `reference`: an .npz with mu and sigma, or with images.
-    OSError or ValueError where something is missing or broken."""
+    """(mu, sigma), float64, of `reference`, an .npz with them or with images, else of the 50,000 CIFAR-10
+    train images through extract, kept in `data` under weights_hash. OSError, ValueError: missing, broken."""
     if reference is not None:
         arrays = _read_npz(reference, "mu", "sigma")
         if arrays:
@@ -293,8 +293,7 @@ def reference_statistics(extract, weights_hash, data="./data", reference=None, b
 
 
 def score(paths, data="./data", reference=None, weights=None, device="cpu", batch_size=128):
-    """evaluate's dict for each sample file, with `file` and the hash of `weights`; files are checked first.
-    OSError or ValueError, one line, for all that is missing or broken."""
+    """evaluate's dict, `file` and the hash of `weights` per file. OSError, ValueError: missing or broken."""
     samples = {str(path): load_samples(path)[0] for path in paths}
     try:
         torch.zeros(1, device=device)

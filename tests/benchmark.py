@@ -142,7 +142,7 @@ def cem_sup_rows(b, arch):
     args = cem_sup.parse_args(["--device", b.device, "--arch", arch])
     f = cem_sup.make_model(arch).to(b.device, memory_format=torch.channels_last)
     f_plain = cem_sup.make_model(arch).to(b.device)
-    sgd = partial(torch.optim.SGD, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    sgd = partial(torch.optim.SGD, lr=args.lr, momentum=0.9, weight_decay=5e-4)
     optimizer, optimizer_plain = sgd(f.parameters()), sgd(f_plain.parameters())
     images = torch.randint(256, (b.images, 3, 32, 32), dtype=torch.uint8, device=b.device)
     x, x_0 = to_float(images), torch.rand(b.seeds, 3, 32, 32, device=b.device)
@@ -162,7 +162,7 @@ def cem_sup_rows(b, arch):
         f.train()
         x = cem_sup.crop_flip(to_float(images))
         with autocast():
-            loss = cem_sup.at_loss(f, x, y, args)
+            loss = cem_sup.at_loss(f, x, y, K, step_size, eps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -177,7 +177,7 @@ def cem_sup_rows(b, arch):
 
     def sample():
         with autocast():
-            cem_sup.sample("ta", f, x_0, y_0, args)
+            cem_sup.sample("ta", f, x_0, y_0, args.sample_steps, *sampling)
 
     forward = forward_flops(f.eval(), x)
     return [*compare(b, f"cem_sup attack PGD-{K}, {arch}", b.images, attack,
