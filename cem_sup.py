@@ -39,8 +39,6 @@ from samplers import (accuracy, ascend, cross_entropy, eval_mode, fit_gaussians,
                       log_p_y_given_x, reinforced, save_samples, to_float, to_uint8)
 
 # ================================================================ the method
-
-
 def at_loss(f, x, y, steps=7, step_size=0.1, eps=0.5, norm="l2"):
     """max_{|x_hat - x| <= eps} CE(f(x_hat), y) of images x [B, 3, 32, 32] in [0, 1] and labels y [B]."""
     with eval_mode(f):  # inner maximisation: biased Langevin on log p(x), from a random point of the ball
@@ -68,8 +66,6 @@ def starts(kind, x, y, generator):
 
 
 # ================================================================ model
-
-
 class Classifier(nn.Module):
     """Images in [0, 1], [B, 3, 32, 32], to float32 logits [B, 10]; the normalisation is inside."""
 
@@ -101,7 +97,6 @@ def make_model(arch="resnet50"):
 
 
 # ================================================================ its own arguments
-
 SMOKE = dict(arch="small", epochs=12, lr_drops=[0.7, 0.9], attack_eps=3.0, attack_steps=3,
              attack_step_size=2.5, sample_steps=30, num_samples=200, limit_test=500)
 
@@ -125,8 +120,6 @@ def parse_args(argv):
 
 
 # ================================================================ train, sample, evaluate
-
-
 def train(f, x_train, y_train, args, state):
     """Train f in place, from `state` (a checkpoint or None) to --epochs -> seconds, those before included."""
     optimizer = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)  # [robustness]
@@ -203,8 +196,6 @@ def run(args):
 
 # ================================================================ block: drawn data
 # From here to the end the four scripts are the same, block by block, so that each can be copied alone.
-
-
 def draw(n, seed):
     """n drawn images uint8 [n, 3, 32, 32] and labels [n], in turn: disc, circles, X, plus, horizon, bars in
     three directions, checkerboard, two dots. Place, size, hue, background and noise vary."""
@@ -229,12 +220,9 @@ def draw(n, seed):
 
 
 # ================================================================ block: loader
-
-
 def load_data(args, device):
     """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32], int64 [N]; --smoke: drawn."""
     sets, there = [draw(2000, seed=0), draw(1000, seed=1)], Path(args.data, "cifar-10-batches-py").exists()
-    patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # a silent connection ends
     try:
         for i in range(0 if args.smoke else 2):
@@ -243,14 +231,10 @@ def load_data(args, device):
     except Exception as e:  # torchvision: RuntimeError for a wrong checksum, any error of the connection
         what = "a damaged cifar-10-batches-py, to be deleted," if there else "no CIFAR-10 and no download"
         fail(f"--data {args.data}: {what} ({e}); name another folder, or try --smoke, which needs no data")
-    finally:
-        socket.setdefaulttimeout(patience)
     return [t[:n].to(device) for pair, n in zip(sets, (args.limit_train, args.limit_test)) for t in pair]
 
 
 # ================================================================ block: crop_flip
-
-
 def crop_flip(x, pad=4, mode="constant"):
     """Random crop of the padded image and random flip, for each sample of float x [B, C, H, W]."""
     n, _, h, w = x.shape
@@ -262,8 +246,6 @@ def crop_flip(x, pad=4, mode="constant"):
 
 
 # ================================================================ block: log
-
-
 def progress(what, start, total, done, text=""):
     """One line that rewrites itself on a terminal; elsewhere a line every ten seconds and at the end."""
     now, terminal = time.time(), sys.stdout.isatty()
@@ -286,14 +268,13 @@ def open_results(args, seconds):
     trained = str({k: v for k, v in vars(args).items() if k not in FREE_FLAGS or k == "epochs"})
     try:
         results = json.loads(path.read_text()) if path.exists() else {}
-        if results.get("trained") != trained:
-            results = {"trained": trained, "accuracy": {}, "samples": {}, "seconds": {}, "done": {}}
-        results["seconds"]["train"] = seconds
-    except (ValueError, KeyError, AttributeError):
+    except ValueError:
         fail(f"{path} is damaged: delete it to evaluate again")
-    results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
-    results["device"] = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
-    return results
+    if results.get("trained") != trained:
+        results = {"trained": trained, "accuracy": {}, "samples": {}, "seconds": {}, "done": {}}
+    results["seconds"]["train"] = seconds
+    return results | {"versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "device":
+                      torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"}
 
 
 def write_results(args, results):
@@ -338,8 +319,6 @@ def score_samples(results, args, names):
 
 
 # ================================================================ block: checkpoint
-
-
 def write_whole(path, data):
     """Write bytes under a temporary name, then rename: the old file stays until the new one is whole."""
     path.with_name(path.name + ".tmp").write_bytes(data)
@@ -408,7 +387,6 @@ def check_loss(loss, args):
 
 
 # ================================================================ block: flags
-
 NAME = Path(__file__).stem
 SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
                   "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp")
@@ -473,8 +451,6 @@ def parse_common(parser, argv, samplers, smoke):
 
 
 # ================================================================ block: main
-
-
 def fail(message, code=2):
     """One line on stderr, and the end."""
     print(f"{NAME}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
