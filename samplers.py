@@ -41,7 +41,7 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     noise         standard deviation of the Gaussian noise added at each step, inside the projection
     random_start  start in the ball: uniform direction and uniform radius (l2), uniform (linf)
     clamp         (low, high) box, applied last; None = no box
-    callback      callback(k, x_k, score_k) before each step k = 0..steps-1, with the score [B] computed there
+    callback      callback(k, x_k, score_k) before step k = 0..steps-1, with the score [B] there; read only
 
     Returns the last iterate, detached. A zero gradient gives a zero step. Leaves x, the parameters (.grad and
     requires_grad) and every module's mode alone; the gradient is taken with respect to x only. ValueError: an
@@ -69,8 +69,8 @@ def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generat
     `ascend` with the raw gradient; arguments and errors as there, and temperature >= 0. Its law tends to
     exp(score / temperature) as step_size -> 0.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be >= 0, not {temperature}")
+    if not (temperature >= 0 and step_size >= 0):
+        raise ValueError(f"temperature and step_size must be >= 0, not {temperature} and {step_size}")
     return ascend(score, x, steps, step_size, norm="none", noise=math.sqrt(2 * step_size * temperature),
                   clamp=clamp, generator=generator, callback=callback)
 
@@ -178,8 +178,27 @@ def logit(f, sign=1):
     return partial(_logit, f, sign)
 
 
+def info_nce(g, positive, temperature, other_positives=True):
+    """The contrastive attack (CEM): with unit z = g(x), z' = g(positive) and f_ij = z_i.z_j / temperature,
+    -f_ii' + log [exp f_ii' + sum_{j != i} exp f_ij + (other_positives) sum_{j != i} exp f_ij'], z_j not held.
+
+    x's rows of NT-Xent. z' is computed here, once, without gradient: build the score inside eval_mode.
+    positive None: x [2B, ...] holds both views, i and i + B. CEM's PGD sampler: x_0, other_positives False.
+    """
+    if positive is not None:
+        with torch.enable_grad():  # under no_grad, autocast would cache weights that pass no gradient on
+            positive = torch.nn.functional.normalize(g(positive), dim=1).detach()
+    return partial(_info_nce, g, positive, temperature, other_positives)
+
+
+def entropy(g, temperature):
+    """MaxEnt (CEM): -log sum_{j != i} exp(z_i . sg[z_j] / temperature), z = g(x) on the sphere [B, D]: the
+    part of the batch's entropy that belongs to i; sg: the others are held. ValueError: a batch of one."""
+    return partial(_entropy, g, temperature)
+
+
 def _pick(logits, y):
-    return logits.gather(1, y[:, None]).squeeze(1)
+    return logits[torch.arange(len(logits), device=logits.device), y]
 
 
 def _log_p_y_given_x(f, y, x):
@@ -209,6 +228,30 @@ def _logit(f, sign, x):
     return sign * f(x).squeeze(1)
 
 
+def _similarity(z, others, temperature):
+    """z_i . others_j / temperature, [B, M], with autocast off; -inf where j = i: self is left out."""
+    with torch.autocast(z.device.type, enabled=False):
+        s = z @ others.T / temperature
+    return s.masked_fill(torch.eye(*s.shape, dtype=torch.bool, device=s.device), -math.inf)
+
+
+def _info_nce(g, z_prime, temperature, other_positives, x):
+    z = torch.nn.functional.normalize(g(x), dim=1)
+    other_view = z.unflatten(0, (2, -1)).flip(0).flatten(0, 1) if z_prime is None else z_prime
+    positive = (z * other_view).sum(1, keepdim=True) / temperature
+    terms = [_similarity(z, z, temperature)]
+    if z_prime is not None:  # else among z
+        terms += [positive] + [_similarity(z, z_prime, temperature)] * other_positives
+    return (torch.cat(terms, 1).logsumexp(1, keepdim=True) - positive).squeeze(1)
+
+
+def _entropy(g, temperature, x):
+    if len(x) < 2:
+        raise ValueError("the entropy of a batch needs at least two samples")
+    z = torch.nn.functional.normalize(g(x), dim=1)
+    return -_similarity(z, z.detach(), temperature).logsumexp(1)
+
+
 # ---------------------------------------------------------------- starts
 
 
@@ -221,13 +264,12 @@ class Gaussians:
     def sample(self, n_or_labels, generator=None):
         """float32 samples, clamped to [0, 1]: n of a pooled fit, or one per label (int64 [B]) of another.
 
-        ValueError: a number for a class-wise fit, labels for a pooled one. IndexError: a label of no class.
+        ValueError: a number for a class-wise fit, or a label that it has not seen.
         """
-        pooled = isinstance(n_or_labels, int)
-        if pooled != (len(self.rows) == 1):
-            raise ValueError("a pooled fit samples a number of images, a class-wise fit samples labels")
-        device = self.mean.device
+        device, classes, pooled = self.mean.device, len(self.rows), isinstance(n_or_labels, int)
         labels = torch.zeros(n_or_labels, dtype=torch.long) if pooled else n_or_labels.cpu()
+        if pooled and classes > 1 or not set(labels.tolist()) <= set(range(classes)):
+            raise ValueError(f"a fit of {classes} classes samples labels below that, a pooled fit a number")
         x = self.mean.float()[labels.to(device)].flatten(1)
         for c in labels.unique().tolist():
             i = (labels == c).nonzero().squeeze(1).to(device)
@@ -260,10 +302,10 @@ def accuracy(f, x, y, score=None, *, batch_size=250, progress=None, **ascend_arg
     """Share of x that f classifies as y, in eval mode; under attack where a score constructor is given.
 
     x: uint8, or float in [0, 1], [N, C, H, W]; y: int64 [N]; score: e.g. cross_entropy, used as score(f, y);
-    ascend_args: of `ascend` (steps, step_size, ...); progress(done): after each batch. ValueError: N = 0.
+    ascend_args: of `ascend` (steps, step_size, ...); progress(done): per batch. ValueError: N = 0, y not [N].
     """
-    if len(x) == 0:
-        raise ValueError("accuracy: no images")
+    if len(x) == 0 or y.shape != x.shape[:1]:
+        raise ValueError(f"accuracy: no images, or labels {list(y.shape)} for {len(x)} images")
     correct = torch.zeros((), dtype=torch.long, device=x.device)
     with eval_mode(f), torch.no_grad():
         for i in range(0, len(x), batch_size):
@@ -296,17 +338,17 @@ def save_samples(prefix, x, labels=None):
     arrays = [x.permute(0, 2, 3, 1).contiguous().numpy()]
     shown = torch.arange(min(len(x), 100))
     if labels is not None:
-        labels = labels.cpu()
+        labels = labels.cpu().long()
         arrays.append(labels.numpy())
         rows = [(labels == c).nonzero().squeeze(1)[:10] for c in labels.unique().tolist()[:10]]
         shown = torch.cat([r[: min(map(len, rows))] for r in rows])  # equally long rows
     columns = min(10, len(shown)) if labels is None else len(shown) // len(rows)
     grid = torchvision.utils.make_grid(x[shown], nrow=columns, padding=2, pad_value=255)
-    prefix = Path(prefix)
     picture = torchvision.transforms.functional.to_pil_image(grid)
-    writers = {".npz": lambda file: np.savez(file, *arrays), ".png": lambda file: picture.save(file, "png")}
-    for suffix, write in writers.items():
-        temporary = prefix.parent / (prefix.name + suffix + ".tmp")
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, prefix.parent / (prefix.name + suffix))
+    names = [Path(f"{prefix}{suffix}") for suffix in (".npz", ".png")]
+    temporary = [Path(f"{name}.tmp") for name in names]
+    with open(temporary[0], "wb") as npz, open(temporary[1], "wb") as png:
+        np.savez(npz, *arrays)
+        picture.save(png, "png")
+    for old, new in zip(temporary, names):
+        os.replace(old, new)

@@ -1,0 +1,455 @@
+"""samplers.py against closed forms: steps, projections, laws, scores and the statements that CEM rests on."""
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import samplers
+from samplers import (accuracy, ascend, cross_entropy, eval_mode, fit_gaussians, langevin, log_p_x,
+                      log_p_x_given_y, log_p_y_given_x, logit, project, reinforced, save_samples, steepest,
+                      to_float, to_uint8)
+
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+exact = partial(torch.testing.assert_close, rtol=0, atol=0)
+free = partial(ascend, clamp=None)  # no box
+SHAPES, NORMS = [(4, 3, 5, 5), (4, 2)], ["l2", "linf", "none"]
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=rng(seed), dtype=dtype)
+
+
+def linear(w):  # a score with gradient w
+    return lambda x: (w * x).flatten(1).sum(1)
+
+
+flat = linear(0)  # a score with gradient 0
+
+
+def spread(shape):  # vectors of four sizes, one of them zero
+    return randn(*shape, seed=1) * torch.tensor([1, 30, 0.01, 0]).view(4, *[1] * (len(shape) - 1))
+
+
+def length(v):  # [B, 1, ...]
+    return v.flatten(1).norm(dim=1).view(-1, *[1] * (v.ndim - 1))
+
+
+def assert_uniform(values, low, high):  # Kolmogorov-Smirnov: 1.95 / sqrt(n) is the 0.1 % level
+    u = ((values.flatten() - low) / (high - low)).sort().values
+    assert (u - torch.linspace(0, 1, len(u))).abs().max() < 1.95 / len(u) ** 0.5
+
+
+def mlp(inputs=6, classes=4):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(inputs, 16), nn.Tanh(), nn.Linear(16, classes)).double()
+
+
+def image_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 5))
+
+
+# ---- steps and projections ----
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1, 1e-12])
+def test_step_directions(shape, scale):
+    x, w = randn(*shape), spread(shape)
+    for norm, u in {"l2": w / length(w).clamp_min(1e-9), "linf": w.sign(), "none": w * scale}.items():
+        close(steepest(w * scale, norm), u, atol=1e-6 * scale)
+        close(free(linear(w * scale), x, 3, 0.3, norm=norm), x + 0.9 * u)
+        exact(free(linear(w * scale), x, 3, 0.3, norm=norm)[3], x[3])  # no gradient, no step
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("eps", [0, 0.3, 2, math.inf])
+def test_projections(shape, eps):
+    x_0, d = randn(*shape), spread(shape)
+    ball = torch.where(length(d) <= eps, d, d / length(d) * min(eps, 9))
+    cube = torch.where(d.abs() <= eps, d, d.sign() * min(eps, 9))
+    for norm, nearest in {"l2": ball, "none": ball, "linf": cube}.items():
+        close(project(x_0 + d, x_0, eps, norm), x_0 + nearest)
+    close(free(linear(d), x_0, 1, 1.0, norm="none", eps=eps), x_0 + ball)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("random_start", [False, True])
+def test_the_ball_is_around_the_start(norm, random_start):
+    x, w = 0.3 + 0.1 * randn(5, 3, 2, 2), randn(5, 3, 2, 2, seed=1)
+    x_hat = free(linear(w), x, 30, 0.15, norm=norm, eps=0.2, random_start=random_start)
+    close(x_hat, x + 0.2 * (w.sign() if norm == "linf" else w / length(w)), atol=1e-5)
+
+
+def test_the_box_comes_after_the_ball():
+    x, w = torch.tensor([[0.9, 0.5]]), torch.tensor([[0.8, 0.6]])
+    close(ascend(linear(w), x, 1, 1.0, eps=0.5), torch.tensor([[1.0, 0.8]]))
+    close(ascend(linear(-w), x, 1, 2.0, norm="linf", eps=0.6), torch.tensor([[0.3, 0.0]]))
+    close(ascend(linear(w), x, 1, 2.0, clamp=(-1, 2)), torch.tensor([[2.0, 1.7]]))
+    close(free(linear(w), x, 1, 2.0), torch.tensor([[2.5, 1.7]]))
+    close(ascend(linear(w), 1 + x, 1, 1.0, eps=0.1), torch.ones(1, 2))  # a start outside the box
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_noise(norm):
+    x = torch.rand(4000, 3, 2, generator=rng())
+    for steps, deviation in ((1, 0.3), (4, 0.6)):  # independent at each step, sample and pixel
+        d = free(flat, x, steps, 1.0, norm=norm, noise=0.3, generator=rng(1)) - x
+        close(d.mean(0), torch.zeros(3, 2), rtol=0, atol=0.03)
+        close(d.flatten(1).T.cov() / deviation ** 2, torch.eye(6), rtol=0, atol=0.1)
+        assert ((d / deviation) ** 4).mean().item() == pytest.approx(3, rel=0.05)  # Gaussian, not uniform
+    for clamp in (None, (0, 1)):  # inside the projection
+        x_hat = ascend(flat, x, 2, 0.1, norm=norm, eps=0.3, noise=50.0, clamp=clamp, generator=rng(1))
+        size = (x_hat - x).abs().flatten(1).amax(1) if norm == "linf" else length(x_hat - x)
+        assert size.max() <= 0.3 + 1e-6
+        assert size.min() > 0.29 if clamp is None else x_hat.aminmax() == (0, 1)
+
+
+@pytest.mark.parametrize("norm", ["l2", "none"])
+@pytest.mark.parametrize("shape", [(3, 2, 2), (2,)])
+def test_random_start_in_the_l2_ball(norm, shape):
+    x = randn(20000, *shape)
+    d = free(flat, x, 1, 1.0, eps=0.7, norm=norm, random_start=True, generator=rng(1)) - x
+    radius, u, dim = length(d), (d / length(d)).flatten(1), d[0].numel()
+    assert_uniform(radius, 0, 0.7)
+    close(u.mean(0), torch.zeros(dim), rtol=0, atol=0.03)
+    close(u.T @ u / len(u), torch.eye(dim) / dim, rtol=0, atol=0.05 / dim)
+    close((u ** 4).mean(0), torch.full((dim,), 3 / (dim * (dim + 2))), rtol=0.06, atol=0)  # a cube's differ
+    assert abs(torch.corrcoef(torch.stack([radius.flatten(), u[:, 0]]))[0, 1]) < 0.03
+
+
+def test_random_start_in_the_linf_ball():
+    x = randn(20000, 2, 2)
+    d = (free(flat, x, 1, 1.0, eps=0.7, norm="linf", random_start=True, generator=rng(1)) - x).flatten(1).T
+    for coordinate in d:
+        assert_uniform(coordinate, -0.7, 0.7)
+    close(d.corrcoef(), torch.eye(4), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_start_is_in_the_box_and_no_steps_leave_x(norm):
+    x, seen = torch.rand(30, 3, 4, 4, generator=rng()), []
+    ascend(flat, x, 1, 0.1, eps=9.0, norm=norm, random_start=True, callback=lambda *args: seen.append(args))
+    assert seen[0][1].aminmax() == (0, 1)
+    for arguments in ({}, dict(random_start=True, noise=1.0, eps=1.0)):
+        same = ascend(flat, x, 0, 0.1, norm=norm, **arguments)
+        exact(same, x)
+        assert same.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("arguments", [dict(noise=0.1), dict(eps=1.0, random_start=True),
+                                       dict(eps=1.0, random_start=True, norm="linf")])
+def test_the_generator_is_the_only_source_of_chance(arguments):
+    run, state = partial(free, linear(randn(3, 4)), randn(3, 4), 3, 0.1, **arguments), torch.get_rng_state()
+    exact(run(generator=rng(0)), run(generator=rng(0)))
+    assert not torch.equal(run(generator=rng(0)), run(generator=rng(1)))
+    exact(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_callback(norm):
+    x, forwards, seen = torch.rand(3, 6, dtype=torch.float64, generator=rng()), [], []
+
+    def score(x):
+        forwards.append(x)
+        return -((x - 0.4) ** 4).sum(1)
+
+    x_hat = ascend(score, x, 4, 0.02, norm=norm, callback=lambda *args: seen.append(args))
+    ks, xs, scores = zip(*seen)
+    assert ks == (0, 1, 2, 3) and len(forwards) == 4  # the score comes from the step's own forward
+    exact(xs[0], x)
+    for x_k, s_k, x_next in zip(xs, scores, [*xs[1:], x_hat]):
+        exact(s_k, -((x_k - 0.4) ** 4).sum(1))
+        close(x_next, ascend(score, x_k, 1, 0.02, norm=norm))
+        assert not s_k.requires_grad and not x_k.requires_grad
+
+
+@pytest.mark.parametrize("norm, step, eps", [("none", 0.2, 0.8), ("l2", 0.05, 0.8), ("linf", 0.05, 0.4)])
+def test_pgd_reaches_the_constrained_maximum_of_a_quadratic(norm, step, eps):
+    h = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)  # the Hessian's diagonal
+    x, d = randn(20, 3, dtype=torch.float64), randn(20, 3, seed=1, dtype=torch.float64)
+    d = eps * (d.sign() if norm == "linf" else d / length(d))
+    centre, scores = x + d + 2 * d / h, []  # the gradient at x + d is 2 d: the maximum, by Kuhn-Tucker
+    x_hat = free(lambda z: -(h * (z - centre) ** 2).sum(1) / 2, x, 200, step, eps=eps, norm=norm,
+                 callback=lambda k, x_k, s: scores.append(s))
+    close(x_hat, x + d)
+    rise = torch.stack(scores).diff(dim=0)
+    assert rise[:3].min() > 1e-5 and rise.min() > -1e-12
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(norm="l1"), "norm must"), (dict(steps=-1), "steps must"), (dict(step_size=-0.1), "step_size must"),
+    (dict(step_size=math.nan), "step_size"), (dict(eps=-1.0), "eps must"), (dict(noise=-0.1), "noise must"),
+    (dict(random_start=True), "finite eps"), (dict(x=torch.zeros(2, 3, dtype=torch.uint8)), "float"),
+    (dict(x=torch.zeros(2)), "float"), (dict(score=torch.sum), r"\[2\], not \[\]"),
+    (dict(score=lambda x: x[:, :1]), r"not \[2, 1\]"), (dict(score=lambda x: x[0]), r"not \[3\]")])
+def test_ascend_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ascend(**{**dict(score=flat, x=torch.zeros(2, 3), steps=1, step_size=0.1), **changes})
+
+
+# ---- no side effects ----
+
+def test_no_side_effects():
+    f, x = image_net(), torch.rand(5, 3, 8, 8, generator=rng()).requires_grad_()
+    x.grad, f[0].weight.grad = torch.ones_like(x), torch.full_like(f[0].weight, 7.0)
+    f[4].bias.requires_grad_(False)
+    for p in list(f.parameters())[:-1]:
+        p.register_hook(lambda g: pytest.fail("a parameter's gradient was computed"))
+    run = partial(ascend, cross_entropy(f, torch.arange(5)), x, 3, 0.1, eps=0.5)
+    values, state = x.detach().clone(), {k: v.clone() for k, v in f.state_dict().items()}
+    with eval_mode(f):
+        x_hat = run()
+        with torch.no_grad():
+            exact(run(), x_hat)
+            assert not torch.is_grad_enabled()
+        assert not any(m.training for m in f.modules())
+    assert not x_hat.requires_grad and not torch.equal(x_hat, x)
+    assert torch.equal(x, values) and x.requires_grad and (x.grad == 1).all()
+    assert (f[0].weight.grad == 7).all() and all(p.grad is None for p in list(f.parameters())[1:])
+    assert [p.requires_grad for p in f.parameters()] == [True] * 5 + [False]
+    assert all(torch.equal(v, state[k]) for k, v in f.state_dict().items())  # the running statistics, too
+    run()
+    assert all(m.training for m in f.modules()) and f[1].num_batches_tracked == 3  # `ascend` leaves the mode
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_eval_mode_restores_each_module(error):
+    f, g, h = image_net(), nn.Dropout(), nn.Dropout().eval()
+    f[1].eval()  # a frozen BatchNorm in a net that trains
+    for fails in (False, True):
+        try:
+            with eval_mode(f, g, h), eval_mode(f):
+                assert not any(m.training for m in [*f.modules(), g, h])
+                if fails:
+                    raise error
+        except error:
+            assert fails
+        assert [m.training for m in f.modules()] == [True, True, False, True, True, True]
+        assert g.training and not h.training
+
+
+# ---- scores ----
+
+TABLE = {log_p_y_given_x: (1, -1), log_p_x_given_y: (1, 0), reinforced: (1, 1), cross_entropy: (-1, 1),
+         lambda f, y: log_p_x(f): (0, 1)}  # score a f_y + b LSE f, gradient a grad f_y + b sum_k p_k grad f_k
+
+
+def gradient(score, x):  # as the sampler sees it
+    return free(score, x, 1, 1.0, norm="none") - x
+
+
+@pytest.mark.parametrize("make", TABLE)
+def test_scores_have_the_gradients_of_the_table(make):
+    (a, b), f, i = TABLE[make], mlp(), torch.arange(5)
+    x, y = randn(5, 6, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
+    score = make(f, y)
+    close(score(x), a * f(x)[i, y] + b * f(x).exp().sum(1).log())
+    jacobian = torch.func.vmap(torch.func.jacrev(f))(x)  # [B, K, D]
+    expected = a * jacobian[i, y] + b * torch.einsum("bk,bkd->bd", F.softmax(f(x), 1).detach(), jacobian)
+    close(gradient(score, x), expected, atol=1e-12)
+    for direction in torch.eye(6, dtype=torch.float64):
+        slope = (score(x + 1e-5 * direction) - score(x - 1e-5 * direction)) / 2e-5
+        close(slope.detach(), expected @ direction, atol=1e-8)
+    close(make(lambda x: f(x) + 1e4, y)(x), score(x) + (a + b) * 1e4, rtol=1e-12, atol=1e-9)  # no overflow
+
+
+def test_logit():
+    f, x = mlp(classes=1), randn(5, 6, dtype=torch.float64)
+    for score, sign in ((logit(f), 1), (logit(f, -1), -1)):
+        exact(score(x), sign * f(x)[:, 0])
+        close(gradient(score, x), sign * gradient(lambda x: f(x).sum(1), x))
+
+
+def test_scores_show_their_tensors():
+    f, y = mlp(), torch.zeros(5, dtype=torch.long)
+    labelled = [(make, (f, y)) for make in (log_p_y_given_x, log_p_x_given_y, reinforced, cross_entropy)]
+    for make, args in [*labelled, (log_p_x, (f,)), (logit, (f, -1))]:
+        score = make(*args)
+        assert isinstance(score, partial) and score.func is vars(samplers)[score.func.__name__]
+        assert len(score.args) == len(args) and all(a is b for a, b in zip(score.args, args))
+
+
+def test_adversarial_training_is_a_biased_maximum_likelihood_step():
+    f, x, i, y = mlp(), randn(5, 6, dtype=torch.float64), torch.arange(5), torch.tensor([0, 3, 1, 1, 2])
+    close(gradient(cross_entropy(f, y), x),  # inner: Langevin's gradient on log p(x), with the bias -grad f_y
+          gradient(log_p_x(f), x) - gradient(lambda z: f(z)[i, y], x), atol=1e-12)
+
+    def by_parameters(values):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(values.mean(), list(f.parameters()))])
+
+    x_hat = free(cross_entropy(f, y), x, 7, 0.1, eps=0.5)
+    p = F.softmax(f(x_hat), 1).detach()
+    consistency = by_parameters(f(x)[i, y] - f(x_hat)[i, y])
+    contrastive = sum(by_parameters(p[:, k] * (f(x_hat)[i, y] - f(x_hat)[:, k])) for k in range(4))
+    close(contrastive, -by_parameters(cross_entropy(f, y)(x_hat)), atol=1e-12)  # outer: E over y_hat ...
+    close(contrastive, -by_parameters(F.cross_entropy(f(x_hat), y)[None]), atol=1e-12)  # ... is AT's descent;
+    likelihood = by_parameters(log_p_x_given_y(f, y)(x)) - by_parameters(log_p_x(f)(x_hat))
+    close(consistency + contrastive, likelihood, atol=1e-12)  # maximum likelihood has one more term,
+    assert consistency.norm() > 0.1 * likelihood.norm()  # the one that AT omits
+
+
+# ---- Langevin and Gaussian starts ----
+
+@pytest.mark.parametrize("arguments, temperature", [({}, 1.0), (dict(temperature=0.25), 0.25)])
+def test_langevin_on_a_gaussian(arguments, temperature):
+    # the discretised chain's own law: covariance T Sigma (I - a Sigma^-1 / 2)^-1, here 1.2 and 2.5 T Sigma
+    a, mean, rotation = 0.3, torch.tensor([3.0, -1.0]), torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    precision = rotation @ torch.diag(torch.tensor([1.0, 4.0])) @ rotation.T
+    x = langevin(lambda x: -((x - mean) @ precision * (x - mean)).sum(1) / 2, torch.zeros(40000, 2), 40, a,
+                 generator=rng(), **arguments)
+    close(x.mean(0), mean, rtol=0, atol=0.03)
+    law = temperature * precision.inverse() @ (torch.eye(2) - a * precision / 2).inverse()
+    close(x.T.cov(), law, rtol=0, atol=0.04 * temperature)
+
+
+def test_langevin_passes_its_arguments_on():
+    x, seen = torch.rand(4, 6, generator=rng()), []
+    close(langevin(linear(x), x, 2, 0.1, temperature=0), 1.2 * x)  # no noise: gradient ascent
+    y, z = (langevin(linear(x), x, 2, 0.1, clamp=(0.2, 0.7), generator=rng(), callback=callback)
+            for callback in (lambda *args: seen.append(args[0]), None))
+    exact(y, z)
+    assert seen == [0, 1] and y.aminmax() == torch.tensor([0.2, 0.7]).aminmax()
+    for bad in (-1, math.nan):
+        with pytest.raises(ValueError, match="must be >= 0"):
+            langevin(flat, x, 1, 0.1, temperature=bad)
+
+
+def tiny_images():  # three classes of 1 x 2 x 2, few and unequally many: 1/n is not 1/(n-1)
+    y = torch.tensor([0, 1, 2, 1, 0, 2, 1, 2, 1, 0, 1])
+    return (128 + 10 * (y - 1)[:, None, None, None] + 12 * randn(11, 1, 2, 2)).round().to(torch.uint8), y
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_gaussians_have_the_law_of_the_images(pooled):
+    x, y = tiny_images()
+    classes, n, state = 1 if pooled else 3, 120000, torch.get_rng_state()
+    labels = torch.randint(classes, (n,), generator=rng())
+    fit, same = (fit_gaussians(images, None if pooled else y, jitter=5e-4) for images in (x, to_float(x)))
+    request = n if pooled else labels
+    samples, again, other = (g.sample(request, rng(s)) for g, s in ((fit, 1), (same, 1), (fit, 2)))
+    close(again, samples)  # uint8 and float agree, and the generator decides
+    assert not torch.equal(other, samples) and torch.equal(torch.get_rng_state(), state)
+    assert samples.dtype == torch.float32 and samples.shape == (n, 1, 2, 2)
+    for c in range(classes):
+        data = (x if pooled else x[y == c]).double().flatten(1) / 255
+        drawn = samples[labels == c].double().flatten(1)
+        law = data.T.cov(correction=0) + 5e-4 * torch.eye(4)
+        close(fit.mean[c], data.mean(0).view(1, 2, 2), atol=1e-12)
+        close(drawn.mean(0), data.mean(0), rtol=0, atol=2e-3)
+        close(drawn.T.cov(), law, rtol=0, atol=0.05 * law.diagonal().max().item())
+
+
+def test_gaussians_jitter_and_clamp_and_refuse():
+    dark = fit_gaussians(torch.zeros(3, 1, 40, 40)).sample(10, generator=rng())  # N(0, 1e-4), clamped
+    assert dark.min() == 0 and (dark == 0).double().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert dark.square().mean().item() == pytest.approx(1e-4 / 2, rel=0.05)
+    assert fit_gaussians(torch.ones(3, 1, 4, 4)).sample(10, generator=rng()).max() == 1
+    x, y = tiny_images()
+    with pytest.raises(ValueError, match="class without images"):
+        fit_gaussians(x, torch.where(y == 1, 2, y))
+    fit, one = fit_gaussians(x, y), fit_gaussians(x, 0 * y)
+    exact(one.sample(0 * y, rng()), fit_gaussians(x).sample(len(y), rng()))  # one class is the pooled fit
+    for fit, request in ((fit, 3), (fit, torch.tensor([0, 3])), (fit, torch.tensor([0, -1])), (one, y)):
+        with pytest.raises(ValueError, match="a fit of . classes samples labels below"):
+            fit.sample(request)
+
+
+# ---- evaluation and files ----
+
+def test_accuracy_counts():
+    x, y, done = torch.eye(4).repeat(5, 1)[:17, :, None, None], torch.arange(17) % 4, []
+    y[:3] = 3 - y[:3]  # three wrong labels of seventeen
+    for size in (250, 17, 5):
+        assert accuracy(nn.Flatten(), x, y, batch_size=size, progress=done.append) == 14 / 17
+    assert done == [17, 17, 5, 10, 15, 17]
+    with pytest.raises(ValueError, match="accuracy: no images"):
+        accuracy(nn.Flatten(), x[:0], y[:0])
+
+
+def test_accuracy_under_attack():
+    f, x = image_net(), torch.randint(256, (60, 3, 8, 8), dtype=torch.uint8, generator=rng())
+    f[1].eval()
+    modes, state = [m.training for m in f.modules()], {k: v.clone() for k, v in f.state_dict().items()}
+    with eval_mode(f):
+        y, x_hat = f(x / 255).argmax(1), x / 255
+        for _ in range(5):  # PGD by hand
+            x_hat.requires_grad_()
+            g, = torch.autograd.grad(F.cross_entropy(f(x_hat), y, reduction="sum"), x_hat)
+            x_hat = (x_hat.detach() + 0.01 * g.sign()).clamp(x / 255 - 0.03, x / 255 + 0.03).clamp(0, 1)
+        attacked = (f(x_hat).argmax(1) == y).double().mean().item()
+    assert 0.1 < attacked < 0.9  # so the attack matters
+    for images, size in ((x, 250), (to_float(x), 250), (x, 13)):
+        assert accuracy(f, images, y, batch_size=size) == 1  # with Dropout it would not be
+        assert accuracy(f, images, y, cross_entropy, batch_size=size, steps=5, step_size=0.01, eps=0.03,
+                        norm="linf") == pytest.approx(attacked)
+    assert [m.training for m in f.modules()] == modes and f[0].weight.grad is None
+    assert all(torch.equal(v, state[k]) for k, v in f.state_dict().items())
+
+
+def test_rounding():
+    x = torch.tensor([-0.3, 0.0, 0.4, 0.6, 127.4, 127.6, 254.4, 254.6, 255.0, 300.0]) / 255
+    exact(to_uint8(x), torch.tensor([0, 0, 0, 1, 127, 128, 254, 255, 255, 255], dtype=torch.uint8))
+    every = torch.arange(256, dtype=torch.uint8)
+    exact(to_float(every), torch.arange(256) / 255)
+    exact(to_uint8(to_float(every)), every)
+    assert to_uint8(every) is every and to_float(x) is x
+
+
+def cells(path, rows, columns):  # the 4 x 5 images of a grid with white lines of two pixels
+    grid = np.asarray(Image.open(path)).copy()
+    assert grid.shape == (6 * rows + 2, 7 * columns + 2, 3)
+    images = []
+    for r in range(2, 6 * rows, 6):
+        for c in range(2, 7 * columns, 7):
+            images.append(grid[r:r + 4, c:c + 5].copy())
+            grid[r:r + 4, c:c + 5] = 255
+    assert (grid == 255).all()
+    return np.stack(images)
+
+
+@pytest.mark.parametrize("n, labels, rows, columns, shown", [
+    (23, None, 3, 10, range(23)),
+    (230, None, 10, 10, range(100)),
+    (25, [7] * 4 + [2] * 13 + [7] * 8, 2, 10, [*range(4, 14), *range(4), *range(17, 23)]),  # sorted; ten each
+    (230, [1] * 3 + [0] * 227, 2, 3, [3, 4, 5, 0, 1, 2]),  # rows as long as the shortest
+    (230, [i % 23 for i in range(230)], 10, 10, [i // 10 + 23 * (i % 10) for i in range(100)])])  # of 23
+def test_save_samples(tmp_path, n, labels, rows, columns, shown):
+    x = torch.randint(256, (n, 3, 4, 5), dtype=torch.uint8, generator=rng())
+    nhwc, y = x.permute(0, 2, 3, 1).numpy(), None if labels is None else torch.tensor(labels)
+    save_samples(tmp_path / "a.b", (x + 0.3) / 255, y)  # to the nearest; a dot in the name
+    save_samples(str(tmp_path / "c"), x, y)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.b.npz", "a.b.png", "c.npz", "c.png"]
+    for name in ("a.b", "c"):
+        with np.load(tmp_path / f"{name}.npz") as file:
+            assert file.files == ["arr_0", "arr_1"][:1 if labels is None else 2]
+            assert file["arr_0"].dtype == np.uint8 and np.array_equal(file["arr_0"], nhwc)
+            assert labels is None or file["arr_1"].dtype == np.int64 and file["arr_1"].tolist() == labels
+        images = cells(tmp_path / f"{name}.png", rows, columns)
+        assert np.array_equal(images[:len(shown)], nhwc[shown]) and (images[len(shown):] == 255).all()
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([4])])
+@pytest.mark.parametrize("owner, writer, suffix", [(np, "savez", "npz"), (Image.Image, "save", "png")])
+def test_one_sample_and_a_failed_write(tmp_path, monkeypatch, labels, owner, writer, suffix):
+    x = torch.randint(256, (1, 3, 4, 5), dtype=torch.uint8, generator=rng())
+    save_samples(tmp_path / "a", x, labels)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), x[0].permute(1, 2, 0))
+    old = (tmp_path / f"a.{suffix}").read_bytes()
+
+    def fail(*args, **kwargs):
+        next(a for a in args if hasattr(a, "write")).write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(owner, writer, fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_samples(tmp_path / "a", 255 - x, labels)
+    assert (tmp_path / f"a.{suffix}").read_bytes() == old  # the old file survives
