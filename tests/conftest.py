@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-import torch.nn.functional as F
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait for a busy core sleep
 
-import cem_sup
-from samplers import to_float
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import cem_sup  # noqa: E402
+from samplers import to_float  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
