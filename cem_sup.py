@@ -231,6 +231,8 @@ def load_data(args, device):
     except Exception as e:  # torchvision: RuntimeError for a wrong checksum, any error of the connection
         what = "a damaged cifar-10-batches-py, to be deleted," if there else "no CIFAR-10 and no download"
         fail(f"--data {args.data}: {what} ({e}); name another folder, or try --smoke, which needs no data")
+    finally:
+        socket.setdefaulttimeout(None)
     return [t[:n].to(device) for pair, n in zip(sets, (args.limit_train, args.limit_test)) for t in pair]
 
 
