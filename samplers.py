@@ -186,7 +186,7 @@ def info_nce(g, positive, temperature, other_positives=True):
     positive None: x [2B, ...] holds both views, i and i + B. CEM's PGD sampler: x_0, other_positives False.
     """
     if positive is not None:
-        with torch.enable_grad():  # under no_grad, autocast would cache weights that pass no gradient on
+        with torch.enable_grad():  # no_grad: an older autocast caches weights that pass no gradient on
             positive = torch.nn.functional.normalize(g(positive), dim=1).detach()
     return partial(_info_nce, g, positive, temperature, other_positives)
 

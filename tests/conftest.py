@@ -80,3 +80,15 @@ def train_judge(seed=100, epochs=8):
 @pytest.fixture(scope="session")
 def judge():
     return train_judge()
+
+
+@pytest.fixture(scope="session")
+def cem_unsup_smoke(tmp_path_factory):
+    return smoke("cem_unsup", tmp_path_factory.mktemp("cem_unsup") / "run")
+
+
+@pytest.fixture(scope="session")
+def cem_unsup_twin(tmp_path_factory):
+    """The same net, data and updates, without the attack; of its samples only a few: the tests draw their own."""
+    return smoke("cem_unsup", tmp_path_factory.mktemp("cem_unsup") / "twin", "--attack-steps", 0,
+                 "--sampler", "maxent", "--start", "pooled", "--sample-steps", 0, "--limit-test", 50)

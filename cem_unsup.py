@@ -1,0 +1,534 @@
+"""Unsupervised CEM: adversarial contrastive learning as maximum likelihood, and sampling by maximum entropy.
+
+Wang, Wang, Yang, Lin: A Unified Contrastive Energy-based Model for Understanding the Generative Ability of
+Adversarial Training, ICLR 2022. p(x, x') = exp f(x, x') / Z with f(x, x') = g(x).g(x') / t, |g| = 1.
+
+  training  min_theta E max_{|x_hat - x| <= eps} NCE(x_hat, x')     x, x': two views of an image; no labels
+            NCE(x, x') = -log [ exp f(x, x') / sum_j exp f(x, x_j) ]    j: x' and the batch's other views
+  MaxEnt    N samples move together to raise H = -1/N sum_i log 1/N sum_j exp f(x_i, x_j), each by its own
+            index: x_i along grad -log sum_{j != i} exp f(x_i, sg[x_j]); others held, so not quite grad H
+  PGD       raises NCE(x_i, seed_i) among the samples, as the attack does: they attract each other
+
+  python cem_unsup.py                            the headline: ResNet-50 on CIFAR-10 (downloaded), l2 0.5
+  python cem_unsup.py --smoke                    everything, small, on drawn classes: 25 s on two CPU cores
+
+Writes checkpoint.pt, log.jsonl, results.json, samples_{maxent,pgd}-{uncond,cond}.{png,npz} to --out; resumes.
+Defaults: [paper] slides; [ACL] Jiang et al. 2020, its basis; [AdvCL] Fan et al. 2021; [assumed] our reading.
+"""
+import argparse
+import io
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.resnet import resnet18, resnet50
+from torchvision.transforms.functional import rgb_to_grayscale
+
+from samplers import (accuracy, ascend, cross_entropy, entropy, eval_mode, fit_gaussians, info_nce,
+                      save_samples, to_float, to_uint8)
+
+# ================================================================ the method
+def nt_xent(z1, z2, temperature):
+    """NT-Xent of two views z1, z2 [B, D], the mean over all 2B of -f_ii' + log sum_{j != i} exp f_ij with
+    f_ij = z_i.z_j / (|z_i||z_j| temperature): the function that the attack ascends, here of z itself."""
+    return info_nce(nn.Identity(), None, temperature)(torch.cat([z1, z2])).mean()
+
+
+def cem_loss(g, x, x_prime, tau=0.5, views="one", steps=7, step_size=0.1, eps=0.5, norm="l2"):
+    """max_{|x_hat - x| <= eps} NCE(x_hat, x') of two views x, x' [B, 3, 32, 32] of the same images."""
+    attack = partial(ascend, steps=steps, step_size=step_size, eps=eps, norm=norm, random_start=True)
+    with eval_mode(g):
+        if views == "one":  # the formula
+            both = torch.cat([attack(info_nce(g, x_prime, tau), x), x_prime])
+        else:  # x' too, jointly: ACL's code
+            both = attack(info_nce(g, None, tau), torch.cat([x, x_prime]))
+    return nt_xent(*g(both).chunk(2), tau)  # one forward of both views: one set of batch statistics
+
+
+SAMPLERS = {"maxent": lambda g, x_0, tau: entropy(g, tau),
+            "pgd": lambda g, x_0, tau: info_nce(g, x_0, tau, other_positives=False)}
+STARTS = {"uncond": "pooled", "cond": "class"}  # names [paper]; only the seeds differ [assumed]
+
+
+def sample(sampler, g, x_0, tau=0.5, steps=60, step_size=0.5, eps=30.0, norm="l2", noise=0.0, generator=None):
+    """Move a batch of seeds x_0 [N, 3, 32, 32] together up the sampler's score; no labels, data or views."""
+    with eval_mode(g):
+        return ascend(SAMPLERS[sampler](g, x_0, tau), x_0, steps, step_size, eps=eps, norm=norm, noise=noise,
+                      generator=generator)
+
+
+def batch_entropy(z, tau=0.5):
+    """H of a batch from its z [N, D] on the unit sphere, self included."""
+    return math.log(len(z)) - (z @ z.T / tau).logsumexp(1).mean()
+
+
+# ================================================================ model
+class Encoder(nn.Module):
+    """Images [B, 3, 32, 32] in [0, 1] to z [B, D] on the unit sphere; encode(x): h, before the projector."""
+
+    def __init__(self, net, width):
+        super().__init__()
+        layers = [(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()) for _ in range(3)]
+        self.net, self.projector = net, nn.Sequential(*sum(layers, ())[:-1])  # [ACL]
+        pixels = torch.tensor([[.4914, .4822, .4465], [.2023, .1994, .2010]])  # [assumed; ACL: ImageNet's]
+        self.register_buffer("pixels", pixels.view(2, 3, 1, 1), persistent=False)
+
+    def encode(self, x):
+        return self.net((x - self.pixels[0]) / self.pixels[1]).float()
+
+    def forward(self, x):
+        return F.normalize(self.projector(self.encode(x)).float(), dim=1)
+
+
+def make_model(arch="resnet50"):
+    """An Encoder: resnet50 or resnet18 [paper], with a 3x3 stem of stride 1, no max-pool [ACL], torchvision's
+    initialisation [assumed]; or "small", the smoke run's. README: loading a checkpoint."""
+    if arch == "small":
+        layers = [m for i, o, k in ((3, 32, 4), (32, 64, 3), (64, 128, 3))  # a 3x3 stem leaves a grid
+                  for m in (nn.Conv2d(i, o, k, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
+        return Encoder(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 128)
+    net, width = (resnet18(), 512) if arch == "resnet18" else (resnet50(), 2048)
+    net.conv1, net.maxpool, net.fc = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity(), nn.Identity()
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
+    return Encoder(net, width)
+
+
+# ================================================================ views: torchvision's operations, in batch
+def augment(x):
+    """A random view of each x [B, 3, S, S] in [0, 1] [ACL]: a crop of .1 to 1 of the area, resized; flip; at
+    p = .8 colour jitter; at p = .2 gray. Parameters per sample, the jitter's order per batch [assumed]."""
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(len(x), *shape, device=x.device)
+    size, wide, each = x.shape[-1], math.log(4 / 3), torch.arange(len(x), device=x.device)
+    area, ratio = uniform(.1, 1, 10, 1), uniform(-wide, wide, 10, 1).exp()  # ten tries
+    sides = (size * torch.cat([area / ratio, area * ratio], 2).sqrt()).round()  # [B, 10, 2]: height, width
+    length = sides[each, (sides.amax(2) <= size).int().argmax(1)].clamp(max=size)  # the first that fits
+    start = (uniform(0, 1, 2) * (size - length + 1)).floor().minimum(size - length)
+    x, jittered = resized_crop(x, start, length, uniform(0, 1) < .5), uniform(0, 1, 1, 1, 1) < .8
+    jitter = ("brightness", 1, .4), ("contrast", 1, .4), ("saturation", 1, .4), ("hue", 0, .1)
+    for change, neutral, most in [jitter[i] for i in torch.randperm(4).tolist()]:  # on the CPU: no wait
+        x = recolour(x, change, neutral + jittered * uniform(-most, most, 1, 1, 1))
+    return torch.where(uniform(0, 1, 1, 1, 1) < .2, rgb_to_grayscale(x), x)
+
+
+def resized_crop(x, start, length, flip):
+    """The box (start, length [B, 2]: rows, columns) of each x [B, C, S, S], resized to S, flipped where flip
+    [B]: products with two matrices. Bilinear, and nothing beyond the box is read [assumed; ACL: bicubic]."""
+    i, start, length = torch.arange(x.shape[-1], device=x.device), start[..., None], length[..., None]
+    source = start + ((i + .5) * length / len(i) - .5).clamp(min=0).minimum(length - 1)  # [B, 2, S]
+    rows, columns = (1 - (source[..., None] - i).abs()).clamp(min=0).split(1, 1)  # [B, 1, S, S]
+    return rows @ x @ torch.where(flip.view(-1, 1, 1, 1), columns.flip(2), columns).mT
+
+
+def recolour(x, change, amount):
+    """torchvision's adjust_CHANGE of brightness, contrast, saturation or hue, with an amount [B, 1, 1, 1]."""
+    if change != "hue":
+        gray = rgb_to_grayscale(x)
+        other = {"brightness": 0, "contrast": gray.mean((1, 2, 3), True), "saturation": gray}[change]
+        return (other + amount * (x - other)).clamp(0, 1)
+    (r, g, b), value, chroma = x.split(1, 1), x.amax(1, True), x.amax(1, True) - x.amin(1, True)
+    sixth = torch.where(value == r, g - b, torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma))
+    n = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
+    k = (n + sixth / chroma.clamp(min=1e-9) + 6 * amount) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+# ================================================================ its own arguments
+SMOKE = dict(arch="small", epochs=8, batch_size=64, lr=0.015, attack_eps=2.0, attack_steps=3, limit_test=500,
+             attack_step_size=1.0, sample_steps=30, num_samples=100, sample_batch_size=100)
+
+
+def parse_args(argv):
+    parser, groups = common_flags(("resnet18", "resnet50", "small"), SAMPLERS, ("all", *STARTS.values()))
+    add = groups["training"].add_argument
+    add("--temperature", type=float, metavar="X", help="t of f = g.g' / t, in sampling too; %(default)s")
+    add("--warmup-epochs", type=float, metavar="X", help="at most a tenth; then a cosine; %(default)s")
+    groups["attack"].add_argument("--attack-views", choices=("one", "both"), help="%(default)s")
+    parser.set_defaults(
+        arch="resnet50", attack_views="one",  # [paper; the formula, ACL: both]
+        norm="l2", attack_eps=0.5, attack_steps=7, attack_step_size=0.1,  # [assumed: as supervised CEM]
+        temperature=0.5, epochs=1000, batch_size=512, lr=0.5, warmup_epochs=10.0,  # [ACL; lr, warm-up: AdvCL]
+        sample_norm="l2", sample_steps=60, sample_step_size=0.5, sample_eps=30.0, sample_noise=0.0,
+        start="all", num_samples=50000, sample_batch_size=512)  # [assumed]
+    args = parse_common(parser, argv, SAMPLERS, SMOKE)
+    smallest = args.num_samples // math.ceil(args.num_samples / args.sample_batch_size)
+    if math.isinf(args.attack_eps) or args.temperature == 0 or min(args.batch_size, smallest) < 2:
+        fail("--attack-eps must be finite, --temperature > 0, and each batch of at least two images")
+    return args
+
+
+# ================================================================ train, sample, evaluate
+def train(g, x_train, args, state):
+    """Train g in place, from `state` (a checkpoint or None) to --epochs -> seconds, those before included."""
+    optimizer = torch.optim.SGD(g.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)  # [AdvCL]
+    first, seconds = restore(state, args, g, optimizer)
+    begun, updates = time.time(), len(x_train) // args.batch_size
+    n = updates * args.batch_size  # without the last, incomplete batch: NT-Xent's level depends on the size
+    warmup = min(args.warmup_epochs, args.epochs / 10)
+    for epoch in range(first, args.epochs):
+        g.train()
+        start, losses, order = time.time(), [], torch.randperm(len(x_train), device=x_train.device)
+        for i, batch in enumerate(order[:n].split(args.batch_size)):
+            t = epoch + (i + .5) / updates  # linear to --lr, then a cosine to zero
+            cosine = .5 + .5 * math.cos(math.pi * (t - warmup) / (args.epochs - warmup))
+            optimizer.param_groups[0]["lr"] = lr = args.lr * (t / warmup if t < warmup else cosine)
+            x, x_prime = augment(to_float(x_train[batch]).repeat(2, 1, 1, 1)).chunk(2)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+                loss = cem_loss(g, x, x_prime, args.temperature, args.attack_views, args.attack_steps,
+                                args.attack_step_size, args.attack_eps, args.norm)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            if i % (50 if x.is_cuda else 1) == 0 or i + 1 == updates:  # the only synchronisation
+                mean = torch.stack(losses).mean().item()
+                check_loss(mean, args)
+                progress("training", begun, (args.epochs - first) * n, (epoch - first) * n + (i + 1) * len(x),
+                         f", epoch {epoch + 1}/{args.epochs}, loss {mean:.4f}")
+        took = time.time() - start
+        seconds += took
+        log(args, event="epoch", epoch=epoch + 1, loss=mean, lr=lr, seconds=took, images_per_s=n / took,
+            losses=[round(v, 5) for v in torch.stack(losses).tolist()])
+        save_checkpoint(args, g, optimizer, epoch + 1, seconds)
+    return seconds
+
+
+def linear_probe(g, x, y):
+    """A classifier of h = g.encode(x): logistic regression on images x with labels y, 300 steps on all."""
+    with eval_mode(g), torch.no_grad():
+        h = torch.cat([g.encode(to_float(b)) for b in x.split(500)])
+    f = nn.Sequential(nn.BatchNorm1d(h.shape[1], affine=False, momentum=None), nn.Linear(h.shape[1], 10))
+    optimizer = torch.optim.Adam(f.to(h.device).parameters(), 0.01, weight_decay=1e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.cross_entropy(f(h), y).backward()
+        optimizer.step()
+    f.g, f.forward = g, lambda x: f[1](f[0](g.encode(x)))
+    return f
+
+
+def write_samples(name, g, x, y, args, generator):
+    """--num-samples images; both samplers move the same seeds, which are fitted to images x, labels y."""
+    (sampler, start), begun, images, entropies = name.split("-"), time.time(), [], []
+    gaussians = fit_gaussians(x, y if start == "cond" else None)
+    generator.manual_seed(args.seed)
+    labels = torch.arange(args.num_samples) % 10
+    for batch in labels.tensor_split(math.ceil(len(labels) / args.sample_batch_size)):
+        x_0 = gaussians.sample(batch if start == "cond" else len(batch), generator)  # in float32
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+            x_k = sample(sampler, g, x_0, args.temperature, args.sample_steps, args.sample_step_size,
+                         args.sample_eps, args.sample_norm, args.sample_noise, generator)
+        with eval_mode(g), torch.no_grad():
+            entropies += [batch_entropy(g(x), args.temperature) for x in (x_0, x_k)]
+        images.append(to_uint8(x_k))
+        progress(f"sampling, {name}", begun, len(labels), sum(map(len, images)))
+    save_samples(Path(args.out) / f"samples_{name}", torch.cat(images), labels if start == "cond" else None)
+    before, after = torch.stack(entropies).view(-1, 2).mean(0).tolist()
+    return {"n": len(labels), "entropy": [before, after], "is_mean": None, "is_std": None, "fid": None}
+
+
+def run(args):
+    state = open_out(args)
+    device = torch.device(args.device)
+    x_train, y_train, x_test, y_test = load_data(args, device)
+    split = (x_test, y_test) if args.seed_split == "test" else (x_train, y_train)
+    if len(x_train) < args.batch_size or args.start != "pooled" and len(split[1].unique()) < 10:
+        fail("a larger --limit-train or --limit-test: --batch-size images, and all ten classes for the seeds")
+    torch.manual_seed(args.seed)
+    g = make_model(args.arch).to(device, memory_format=torch.channels_last)
+    results = open_results(args, train(g, x_train, args, state))  # without labels
+
+    # linear probe, clean and under PGD-20 through it: from the clean image, last iterate, the usual radius
+    probe, eps = cache(lambda: linear_probe(g, x_train, y_train)), {"l2": 0.5, "linf": 8 / 255}[args.norm]
+    pgd20 = dict(score=cross_entropy, steps=20, step_size=2.5 * eps / 20, eps=eps, norm=args.norm)
+    for name, attack in {"clean": {}, "pgd20": pgd20}.items():
+        show = partial(progress, f"linear probe, {name}", time.time(), len(x_test))
+        once(results, args, "accuracy", name, ["limit_test"],
+             lambda: accuracy(probe(), x_test, y_test, progress=show, **attack))
+
+    names = [f"{s}-{start}" for s in args.sampler for start in STARTS if args.start in ("all", STARTS[start])]
+    flags, generator = [flag for flag in SAMPLING_FLAGS if flag != "start"], torch.Generator(device)
+    for name in names:  # which hold the start
+        once(results, args, "samples", name, flags, lambda: write_samples(name, g, *split, args, generator))
+    score_samples(results, args, names)
+    print(f"{args.out}/results.json: accuracy {results['accuracy']}")
+
+
+# ================================================================ block: drawn data
+# From here to the end the four scripts are the same, block by block, so that each can be copied alone.
+def draw(n, seed):
+    """n drawn images uint8 [n, 3, 32, 32] and labels [n], in turn: disc, circles, X, plus, horizon, bars in
+    three directions, checkerboard, two dots. Place, size, hue, background and noise vary."""
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, channels=1):
+        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=g)
+
+    y, axis = torch.arange(n) % 10, torch.linspace(-1, 1, 32)
+    u, v, s = axis - uniform(-.25, .25), axis[:, None] - uniform(-.25, .25), uniform(.5, .7)
+    r, a, b, k, p = (u * u + v * v).sqrt(), u.abs(), v.abs(), uniform(7, 10), uniform(0, 6.3)
+    end = 1.2 * s - torch.maximum(a, b)
+    figures = [s - r, torch.sin(1.3 * k * r), torch.minimum(.2 - (a - b).abs(), end),
+               torch.minimum(.17 - torch.minimum(a, b), end), v, torch.sin(k * u + p), torch.sin(k * v + p),
+               torch.sin(.7 * k * (u + v) + p), torch.sin(k * u + p) * torch.sin(k * v + p),
+               .27 - ((a - .4) ** 2 + v * v).sqrt()]
+    mask = torch.stack([f.expand(n, 1, 32, 32) for f in figures])[y, torch.arange(n)].mul(16).sigmoid()
+    hue = .5 + .5 * torch.cos(2 * math.pi * (uniform(0, 1) + torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)))
+    figure, ground, swap = .25 + .75 * hue, uniform(0, .3, 3), uniform(0, 1) < .5  # else pixels tell
+    figure, ground = torch.where(swap, ground, figure), torch.where(swap, figure, ground)
+    return to_uint8(ground + (figure - ground) * mask + .03 * torch.randn(n, 3, 32, 32, generator=g)), y
+
+
+# ================================================================ block: loader
+def load_data(args, device):
+    """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32], int64 [N]; --smoke: drawn."""
+    sets, there = [draw(2000, seed=0), draw(1000, seed=1)], Path(args.data, "cifar-10-batches-py").exists()
+    socket.setdefaulttimeout(10)  # a silent connection ends
+    try:
+        for i in range(0 if args.smoke else 2):
+            d = torchvision.datasets.CIFAR10(args.data, train=i == 0, download=not there)
+            sets[i] = torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)
+    except Exception as e:  # torchvision: RuntimeError for a wrong checksum, any error of the connection
+        what = "a damaged cifar-10-batches-py, to be deleted," if there else "no CIFAR-10 and no download"
+        fail(f"--data {args.data}: {what} ({e}); name another folder, or try --smoke, which needs no data")
+    finally:
+        socket.setdefaulttimeout(None)
+    return [t[:n].to(device) for pair, n in zip(sets, (args.limit_train, args.limit_test)) for t in pair]
+
+
+# ================================================================ block: log
+def progress(what, start, total, done, text=""):
+    """One line that rewrites itself on a terminal; elsewhere a line every ten seconds and at the end."""
+    now, terminal = time.time(), sys.stdout.isatty()
+    if done < total and now - getattr(progress, "shown", 0) < (0.2 if terminal else 10):
+        return
+    progress.shown, rate = now, done / max(now - start, 1e-9)
+    line = f"{what}: {done}/{total} images, {rate:.0f} images/s, ETA {(total - done) / rate:.0f} s{text}"
+    print(f"\r\033[K{line}" if terminal else line, end="" if terminal and done < total else "\n", flush=True)
+
+
+def log(args, **fields):
+    """A line of log.jsonl, for each epoch and event."""
+    with open(Path(args.out) / "log.jsonl", "a") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **fields}) + "\n")
+
+
+def open_results(args, seconds):
+    """results.json, emptied if of another training; its `done` says which flags gave a number."""
+    path = Path(args.out) / "results.json"
+    trained = str({k: v for k, v in vars(args).items() if k not in FREE_FLAGS or k == "epochs"})
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        fail(f"{path} is damaged: delete it to evaluate again")
+    if results.get("trained") != trained:
+        results = {"trained": trained, "accuracy": {}, "samples": {}, "seconds": {}, "done": {}}
+    results["seconds"]["train"] = seconds
+    return results | {"versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "device":
+                      torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"}
+
+
+def write_results(args, results):
+    flags = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON has no infinity
+    write_whole(Path(args.out) / "results.json", json.dumps(results | {"args": flags}, indent=2).encode())
+
+
+def once(results, args, section, name, flags, work):
+    """results[section][name] = work(); skipped where results.json has it for the same training and flags."""
+    key, phase = str({k: getattr(args, k) for k in flags}), f"{section} {name}"
+    there = section != "samples" or (Path(args.out) / f"samples_{name}.npz").exists()
+    if there and results["done"].get(phase) == key:
+        return print(f"{phase}: already in {args.out}")
+    begun = time.time()
+    results["done"].pop(phase, None)
+    write_results(args, results)  # a kill from here on leaves no row that belongs to other samples
+    results[section][name] = work()
+    results["done"][phase], results["seconds"][name] = key, time.time() - begun
+    log(args, event=phase, seconds=time.time() - begun)
+    write_results(args, results)
+
+
+def score_samples(results, args, names):
+    """IS and FID of each samples_NAME.npz into results.json, or null with the reason."""
+    none, given = {"is_mean": None, "is_std": None, "fid": None}, args.inception_weights
+    rows = {name: row for name, row in results["samples"].items() if name in names
+            and (row["fid"] is None or given not in (None, row["inception_weights"]))}
+    paths, why = [str(Path(args.out) / f"samples_{name}.npz") for name in rows], None
+    if not rows:
+        return
+    try:
+        if args.smoke or (args.device == "cpu" and not given):
+            raise ValueError("never with --smoke; on a CPU only with --inception-weights PATH")
+        from metrics import score
+        scores = score(paths, args.data, weights=given, device=args.device)
+    except (ImportError, OSError, ValueError, torch.OutOfMemoryError) as e:
+        scores, why = [{}] * len(rows), str(e)
+        print(f"no IS and FID ({why}); later: python metrics.py {' '.join(paths)} --data {args.data}")
+    for row, score in zip(rows.values(), scores):
+        row.update(none | score, reason=why, inception_weights=given)
+    write_results(args, results)
+
+
+# ================================================================ block: checkpoint
+def write_whole(path, data):
+    """Write bytes under a temporary name, then rename: the old file stays until the new one is whole."""
+    path.with_name(path.name + ".tmp").write_bytes(data)
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def open_out(args):
+    """The checkpoint in --out or None, checked against args. A --smoke without --out starts afresh."""
+    if args.out is None:
+        args.out = f"runs/{NAME}" + ("-smoke" if args.smoke else "")
+        if args.smoke and not args.eval_only:
+            shutil.rmtree(args.out, ignore_errors=True)
+    mine = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    path = Path(args.out) / "checkpoint.pt"
+    if not path.exists():
+        return fail(f"--eval-only: no checkpoint in {args.out}") if args.eval_only else None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        script, epoch, theirs = state["script"], state["epoch"], state["args"]
+    except Exception as e:
+        fail(f"{path} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
+    other = [f"{k} was {theirs.get(k)}, is {v}" for k, v in mine.items() if theirs.get(k) != v]
+    if args.eval_only and script == NAME:
+        print(f"as it was trained: {args.out}, {epoch} epochs" + "".join(f"; {change}" for change in other))
+        vars(args).update({k: v for k, v in theirs.items() if k not in FREE_FLAGS}, epochs=epoch)
+        return state
+    if script != NAME or other or args.epochs < epoch:
+        fail(f"{path} is of {script}.py with {epoch} epochs: --epochs may grow, all else needs another --out"
+             + "".join(f"; {change}" for change in other))
+    if args.epochs != theirs["epochs"]:
+        print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
+    return state
+
+
+def restore(state, args, model, optimizer):
+    """Make --out; put the checkpoint back into model, optimiser, random numbers -> (epochs, seconds) done."""
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    log(args, event="start", epoch=state["epoch"] if state else 0)
+    if state is None:
+        return 0, 0.0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if "cuda" in args.device and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+    print(f"{args.out}: {state['epoch']} of {args.epochs} epochs are done")
+    return state["epoch"], state["seconds"]
+
+
+def save_checkpoint(args, model, optimizer, epoch, seconds, **more):
+    """Write checkpoint.pt, if every weight is finite: plain dicts, which load with weights_only=True."""
+    check_loss(sum(p.detach().sum() for p in model.parameters()).item() * 0, args)
+    buffer, rng = io.BytesIO(), {"rng": torch.get_rng_state()}
+    if "cuda" in args.device:
+        rng["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+    torch.save({"script": NAME, "epoch": epoch, "seconds": seconds, "args": vars(args), **rng, **more,
+                "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    write_whole(Path(args.out) / "checkpoint.pt", buffer.getbuffer())
+
+
+def check_loss(loss, args):
+    """Stop at a loss that is not finite or explodes, before it reaches a checkpoint."""
+    if not abs(loss) < 1e8:
+        fail(f"training diverged (loss {loss}). {args.out} keeps the last good checkpoint, if there was one; "
+             "a smaller --lr with another --out, or another --seed, may do better", code=1)
+
+
+# ================================================================ block: flags
+NAME = Path(__file__).stem
+SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
+                  "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp")
+POSITIVE_FLAGS = "epochs batch_size lr limit_train limit_test num_samples sample_batch_size".split()
+FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device"}
+
+
+def common_flags(archs, samplers, starts):
+    """The parser with the flags that mean the same in all four scripts, and its groups by name."""
+    parser = argparse.ArgumentParser(f"{NAME}.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    titles = ("data", "model", "training", "attack", "sampling", "evaluation")
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    data, model, training, attack, sampling, evaluation = (g.add_argument for g in groups.values())
+    count, real = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] * torch.cuda.is_available()
+    data("--data", default="./data", help="folder of cifar-10-batches-py, else downloaded; %(default)s")
+    data("--out", help=f"folder of the run; runs/{NAME}, with --smoke runs/{NAME}-smoke, begun afresh")
+    data("--limit-train", **count, help="only the first N training images")
+    data("--limit-test", **count, help="only the first N test images")
+    data("--smoke", action="store_true", help="the whole pipeline, small, on drawn classes, no downloads")
+    model("--arch", choices=archs, help="%(default)s")
+    model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
+    model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
+    training("--epochs", **count, help="passes over the data; may grow in the same --out; %(default)s")
+    training("--batch-size", **count, help="images; %(default)s")
+    training("--lr", **real, help="learning rate; %(default)s")
+    training("--seed", **count, default=0, help="of weights, data order, attacks and sampling; %(default)s")
+    attack("--norm", choices=("l2", "linf"), help="of ball and step; %(default)s")
+    attack("--attack-eps", **real, help="radius, for pixels in [0, 1]; %(default)s")
+    attack("--attack-steps", **count, help="0: no attack, the control; %(default)s")
+    attack("--attack-step-size", **real, help="for pixels in [0, 1]; %(default)s")
+    sampling("--sampler", nargs="+", choices=("all", *samplers), default=["all"], help="default: all")
+    sampling("--start", choices=starts, help="Gaussian per class, one pooled, uniform noise; %(default)s")
+    sampling("--seed-split", choices=("train", "test"), default="train", help="of the Gaussians; %(default)s")
+    sampling("--num-samples", **count, help="images per sampler; %(default)s")
+    sampling("--sample-norm", choices=("l2", "linf", "none"), help="none: the raw gradient; %(default)s")
+    sampling("--sample-steps", **count, help="%(default)s")
+    sampling("--sample-step-size", **real, help="for pixels in [0, 1]; %(default)s")
+    sampling("--sample-eps", **real, help="radius of the ball around the seed, or inf; %(default)s")
+    sampling("--sample-noise", **real, help="standard deviation, per step and pixel; %(default)s")
+    sampling("--sample-batch-size", **count, help="images moved together; %(default)s")
+    evaluation("--eval-only", action="store_true", help="no training; its flags as in --out's checkpoint")
+    evaluation("--inception-weights", metavar="PATH", help="for IS, FID; default: downloaded, on CUDA only")
+    return parser, groups
+
+
+def parse_common(parser, argv, samplers, smoke):
+    """The arguments; --smoke changes the defaults to `smoke`."""
+    if parser.parse_args(argv).smoke:
+        parser.set_defaults(**smoke)
+    args = parser.parse_args(argv)
+    args.amp = "cuda" in args.device if args.amp is None else args.amp
+    args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
+    for flag, v in vars(args).items():  # no NaN; inf as a radius only
+        if type(v) in (int, float) and not (0 <= v < 2 ** 63 or v == math.inf and flag.endswith("eps")) or (
+                v == 0 and flag in POSITIVE_FLAGS):
+            sign = ">" if flag in POSITIVE_FLAGS else ">="
+            fail(f"--{flag.replace('_', '-')} must be {sign} 0 and finite, not {v}")
+    return args
+
+
+# ================================================================ block: main
+def fail(message, code=2):
+    """One line on stderr, and the end."""
+    print(f"{NAME}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.benchmark = True
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command with --out {args.out} goes on after the last epoch", code=130)
+    except (OSError, torch.OutOfMemoryError) as e:  # --out not writable, disk full; a smaller --batch-size
+        fail(e, code=2 if isinstance(e, OSError) else 1)
+
+
+if __name__ == "__main__":
+    main()
