@@ -9,27 +9,23 @@ the start x_0 and (step_size, eps, noise, steps), in nothing else: the general f
 
 Conventions: images are float32 [B, C, H, W] in [0, 1]; eps, steps, noise are in that space; logits f(x) are
 [B, K]; energies are E(x, y) = -f(x)[y] and E(x) = -log sum_k exp f(x)[k]. A score maps x [B, ...] to [B] and
-is *increased*: a log-density up to a constant. Attacks and samplers run with the net in eval mode:
-
-    from samplers import ascend, cross_entropy, eval_mode
-    with eval_mode(f):
-        x_hat = ascend(cross_entropy(f, y), x, steps=7, step_size=0.1, eps=0.5, random_start=True)
+is *increased*: a log-density up to a constant. Attacks and samplers run inside `with eval_mode(f)`.
 
 This file needs torch, torchvision and numpy, and nothing else of the project.
 """
+import io
 import math
 import os
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
 
 # ---------------------------------------------------------------- the update rule
-
-
 def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, random_start=False,
            clamp=(0.0, 1.0), generator=None, callback=None):
     """Ascend `score` from x: PGD, Langevin dynamics and everything between (the module's formula).
@@ -48,10 +44,10 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     unknown norm; negative steps, step_size, eps, noise; random_start with infinite eps; x not float [B, ...].
     """
     _check(x, steps, step_size, eps, norm, noise, random_start)
-    x_0 = x.detach()
+    x_0, (low, high) = x.detach(), clamp or (-math.inf, math.inf)
     if steps == 0:
         return x_0.clone()
-    x_k = _box(x_0 + _random_offset(x_0, eps, norm, generator), clamp) if random_start else x_0
+    x_k = (x_0 + _random_offset(x_0, eps, norm, generator)).clamp(low, high) if random_start else x_0
     for k in range(steps):
         s, g = _value_and_gradient(score, x_k)
         if callback is not None:
@@ -59,20 +55,45 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
         x_k = x_k + step_size * steepest(g, norm)
         if noise:
             x_k = x_k + noise * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        x_k = _box(project(x_k, x_0, eps, norm), clamp)
+        x_k = project(x_k, x_0, eps, norm).clamp(low, high)
     return x_k
 
 
 def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generator=None, callback=None):
     """Langevin: x + step_size * grad score(x) + sqrt(2 * step_size * temperature) * xi (CEM, the slides).
-
-    `ascend` with the raw gradient; arguments and errors as there, and temperature >= 0. Its law tends to
-    exp(score / temperature) as step_size -> 0.
-    """
+    `ascend` with the raw gradient; arguments and errors as there; temperature >= 0. Its law tends to
+    exp(score / temperature) as step_size -> 0."""
     if not (temperature >= 0 and step_size >= 0):
         raise ValueError(f"temperature and step_size must be >= 0, not {temperature} and {step_size}")
     return ascend(score, x, steps, step_size, norm="none", noise=math.sqrt(2 * step_size * temperature),
                   clamp=clamp, generator=generator, callback=callback)
+
+
+def sgld(score, x, steps, step_size, noise, *, clamp=None, generator=None, callback=None):
+    """SGLD with a noise of its own, x + step_size * grad score(x) + noise * xi (JEM; JEAT): `ascend` with the
+    raw gradient; arguments and errors as there."""
+    return ascend(score, x, steps, step_size, norm="none", noise=noise, clamp=clamp, generator=generator,
+                  callback=callback)
+
+
+def worst_case(score, x, steps, step_size, *, eps, restarts=1, norm="l2", generator=None):
+    """The best of `score` over x itself, all iterates and all restarts -> (x_best [B, ...], value [B]).
+
+    The attack of AT-EBM's worst-case OOD detection. The first restart starts from x, the others from random
+    points of the ball; arguments and errors as in `ascend`.
+    """
+    best, value = x.detach().clone(), torch.full((len(x),), -math.inf, device=x.device)
+
+    def keep(_, x_k, s):
+        better = s > value
+        value[:] = torch.where(better, s, value)
+        best[:] = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x_k, best)
+
+    for restart in range(restarts):
+        x_k = ascend(score, x, steps, step_size, eps=eps, norm=norm, random_start=restart > 0,
+                     generator=generator, callback=keep)
+        keep(steps, x_k, score(x_k).detach())
+    return best, value
 
 
 def steepest(g, norm):
@@ -94,10 +115,6 @@ def project(x, x_0, eps, norm):
 
 def _l2(v):
     return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
-
-
-def _box(x, clamp):
-    return x if clamp is None else x.clamp(*clamp)
 
 
 def _random_offset(x, eps, norm, generator):
@@ -145,32 +162,36 @@ def eval_mode(*modules):
 
 # ---------------------------------------------------------------- scores
 # Each constructor returns functools.partial of a module-level function: its tensors are visible (score.args).
-# f maps x to logits [B, K]; y is int64 [B]; p_k = softmax(f)_k.
-
-
+# f maps x to logits [B, K]; y is int64 [B]; p_k = softmax(f)_k. The supervised ones are a f_y + b LSE f, of
+# gradient a grad f_y + b sum_k p_k grad f_k.
 def log_p_y_given_x(f, y):
-    """TA (Santurkar et al., 2019): log p(y|x) = f_y - LSE f; gradient grad f_y - sum_k p_k grad f_k."""
-    return partial(_log_p_y_given_x, f, y)
+    """TA (Santurkar et al., 2019): log p(y|x) = f_y - LSE f."""
+    return partial(_supervised, f, y, 1, -1)
 
 
 def log_p_x(f):
-    """Langevin (CEM): log p(x) + const = LSE f = -E(x); gradient sum_k p_k grad f_k."""
-    return partial(_log_p_x, f)
+    """Langevin (CEM), SGLD (JEM): log p(x) + const = LSE f = -E(x)."""
+    return partial(_supervised, f, None, 0, 1)
 
 
 def log_p_x_given_y(f, y):
-    """CS, conditional sampling (CEM): log p(x|y) + const = f_y = -E(x, y); gradient grad f_y."""
-    return partial(_log_p_x_given_y, f, y)
+    """CS, conditional sampling (CEM): log p(x|y) + const = f_y = -E(x, y)."""
+    return partial(_supervised, f, y, 1, 0)
 
 
 def reinforced(f, y):
-    """RCS, reinforced conditional sampling (CEM): f_y + LSE f; gradient grad f_y + sum_k p_k grad f_k."""
-    return partial(_reinforced, f, y)
+    """RCS, reinforced conditional sampling (CEM): f_y + LSE f."""
+    return partial(_supervised, f, y, 1, 1)
 
 
 def cross_entropy(f, y):
-    """The supervised attack: CE(x, y) = -log p(y|x) = LSE f - f_y; minus TA's gradient."""
-    return partial(_cross_entropy, f, y)
+    """The supervised attack: CE(x, y) = -log p(y|x) = LSE f - f_y."""
+    return partial(_supervised, f, y, -1, 1)
+
+
+def joint_energy_score(f, y):
+    """JEAT's attack: raises E(x, y) = -f_y."""
+    return partial(_supervised, f, y, -1, 0)
 
 
 def logit(f, sign=1):
@@ -197,31 +218,10 @@ def entropy(g, temperature):
     return partial(_entropy, g, temperature)
 
 
-def _pick(logits, y):
-    return logits[torch.arange(len(logits), device=logits.device), y]
-
-
-def _log_p_y_given_x(f, y, x):
+def _supervised(f, y, a, b, x):
     logits = f(x)
-    return _pick(logits, y) - logits.logsumexp(1)
-
-
-def _log_p_x(f, x):
-    return f(x).logsumexp(1)
-
-
-def _log_p_x_given_y(f, y, x):
-    return _pick(f(x), y)
-
-
-def _reinforced(f, y, x):
-    logits = f(x)
-    return _pick(logits, y) + logits.logsumexp(1)
-
-
-def _cross_entropy(f, y, x):
-    logits = f(x)
-    return logits.logsumexp(1) - _pick(logits, y)
+    f_y = logits[torch.arange(len(logits), device=logits.device), y] if a else 0
+    return a * f_y + b * logits.logsumexp(1) if b else a * f_y
 
 
 def _logit(f, sign, x):
@@ -253,13 +253,11 @@ def _entropy(g, temperature, x):
 
 
 # ---------------------------------------------------------------- starts
-
-
-class Gaussians:
-    """What fit_gaussians returns: `mean` float64 [C, ...] per class (C = 1: pooled), and sample()."""
-
-    def __init__(self, mean, rows, jitter):
-        self.mean, self.rows, self.jitter = mean, rows, jitter  # rows: per class (X - mean) / sqrt(n) [n, D]
+class Gaussians(NamedTuple):
+    """What fit_gaussians returns, with sample()."""
+    mean: torch.Tensor  # float64 [C, ...] per class; pooled: C = 1
+    rows: list  # of each class (X - mean) / sqrt(n), [n, D]
+    jitter: float
 
     def sample(self, n_or_labels, generator=None):
         """float32 samples, clamped to [0, 1]: n of a pooled fit, or one per label (int64 [B]) of another.
@@ -295,9 +293,32 @@ def fit_gaussians(x, y=None, jitter=1e-4):
     return Gaussians(torch.stack(means), rows, jitter)
 
 
+class ReplayBuffer:
+    """float32 [size, *shape], the ends of SGLD chains (JEM); a chain starts afresh with probability reinit."""
+
+    def __init__(self, size, shape, reinit=0.05, device="cpu", generator=None):
+        self.reinit, self.random = reinit, dict(device=device, generator=generator)
+        self.x = torch.rand(size, *shape, **self.random)
+
+    def sample(self, n):
+        """Starts x_0 [n, *shape], fresh ones uniform in [0, 1], and their distinct idx [n], n <= size."""
+        idx = torch.randperm(len(self.x), **self.random)[:n]
+        x_0, noise = self.x[idx], torch.rand(n, *self.x.shape[1:], **self.random)
+        fresh = torch.rand(n, *[1] * (x_0.ndim - 1), **self.random) < self.reinit
+        return torch.where(fresh, noise, x_0), idx
+
+    def update(self, idx, x):
+        """Write the chains' ends x [n, *shape] back."""
+        self.x[idx] = x.detach()
+
+    def state_dict(self):
+        return {"x": self.x}
+
+    def load_state_dict(self, state):
+        self.x.copy_(state["x"])
+
+
 # ---------------------------------------------------------------- evaluation and files
-
-
 def accuracy(f, x, y, score=None, *, batch_size=250, progress=None, **ascend_args):
     """Share of x that f classifies as y, in eval mode; under attack where a score constructor is given.
 
@@ -345,10 +366,15 @@ def save_samples(prefix, x, labels=None):
     columns = min(10, len(shown)) if labels is None else len(shown) // len(rows)
     grid = torchvision.utils.make_grid(x[shown], nrow=columns, padding=2, pad_value=255)
     picture = torchvision.transforms.functional.to_pil_image(grid)
-    names = [Path(f"{prefix}{suffix}") for suffix in (".npz", ".png")]
-    temporary = [Path(f"{name}.tmp") for name in names]
-    with open(temporary[0], "wb") as npz, open(temporary[1], "wb") as png:
-        np.savez(npz, *arrays)
-        picture.save(png, "png")
-    for old, new in zip(temporary, names):
-        os.replace(old, new)
+    npz, png = io.BytesIO(), io.BytesIO()
+    np.savez(npz, *arrays)
+    picture.save(png, "png")
+    replace_files({f"{prefix}.npz": npz.getbuffer(), f"{prefix}.png": png.getbuffer()})
+
+
+def replace_files(files):
+    """Write {path: bytes} under temporary names, then rename: the old files stay until all new are whole."""
+    for path, data in files.items():
+        Path(f"{path}.tmp").write_bytes(data)
+    for path in files:
+        os.replace(f"{path}.tmp", path)

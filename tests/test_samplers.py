@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 
 import samplers
-from samplers import (accuracy, ascend, cross_entropy, eval_mode, fit_gaussians, langevin, log_p_x,
-                      log_p_x_given_y, log_p_y_given_x, logit, project, reinforced, save_samples, steepest,
-                      to_float, to_uint8)
+from samplers import (ReplayBuffer, accuracy, ascend, cross_entropy, eval_mode, fit_gaussians, joint_energy_score,
+                      langevin, log_p_x, log_p_x_given_y, log_p_y_given_x, logit, project, reinforced, save_samples,
+                      sgld, steepest, to_float, to_uint8, worst_case)
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -240,7 +240,7 @@ def test_eval_mode_restores_each_module(error):
 # ---- scores ----
 
 TABLE = {log_p_y_given_x: (1, -1), log_p_x_given_y: (1, 0), reinforced: (1, 1), cross_entropy: (-1, 1),
-         lambda f, y: log_p_x(f): (0, 1)}  # score a f_y + b LSE f, gradient a grad f_y + b sum_k p_k grad f_k
+         joint_energy_score: (-1, 0), lambda f, y: log_p_x(f): (0, 1)}  # score a f_y + b LSE f, gradient a grad f_y + b sum_k p_k grad f_k
 
 
 def gradient(score, x):  # as the sampler sees it
@@ -271,11 +271,11 @@ def test_logit():
 
 def test_scores_show_their_tensors():
     f, y = mlp(), torch.zeros(5, dtype=torch.long)
-    labelled = [(make, (f, y)) for make in (log_p_y_given_x, log_p_x_given_y, reinforced, cross_entropy)]
-    for make, args in [*labelled, (log_p_x, (f,)), (logit, (f, -1))]:
+    labelled = (log_p_y_given_x, log_p_x_given_y, reinforced, cross_entropy, joint_energy_score)
+    for make, args in [*((make, (f, y)) for make in labelled), (log_p_x, (f,)), (logit, (f, -1))]:
         score = make(*args)
         assert isinstance(score, partial) and score.func is vars(samplers)[score.func.__name__]
-        assert len(score.args) == len(args) and all(a is b for a, b in zip(score.args, args))
+        assert all(a is b for a, b in zip(score.args, args))
 
 
 def test_adversarial_training_is_a_biased_maximum_likelihood_step():
@@ -321,6 +321,72 @@ def test_langevin_passes_its_arguments_on():
     for bad in (-1, math.nan):
         with pytest.raises(ValueError, match="must be >= 0"):
             langevin(flat, x, 1, 0.1, temperature=bad)
+
+
+def test_sgld_in_the_unit_box_is_jems_in_its_own():
+    """[0, 1] with 2x - 1 inside the net, step 0.25, noise 0.005: JEM's chain in [-1, 1] with 1.0 and 0.01."""
+    f, x = mlp(), 2 * randn(5, 6, dtype=torch.float64)  # beyond the box: nothing is clamped
+    ours = sgld(log_p_x(lambda x: f(2 * x - 1)), (x + 1) / 2, 7, 0.25, 0.005, generator=rng(3))
+    xi = torch.Generator().manual_seed(3)
+    for _ in range(7):
+        x = x.detach().requires_grad_()
+        x = x + torch.autograd.grad(f(x).logsumexp(1).sum(), x)[0] + 0.01 * torch.randn(
+            5, 6, dtype=x.dtype, generator=xi)
+    close(2 * ours - 1, x.detach(), rtol=1e-9)
+    seen = []
+    inside = sgld(log_p_x(f), randn(5, 6, dtype=torch.float64), 3, 0.1, 0.5, clamp=(0, 0.5), callback=lambda *a: seen.append(a))
+    assert inside.min() == 0 and inside.max() == 0.5 and len(seen) == 3
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_worst_case_is_the_best_of_all_that_it_saw(norm):
+    """A rugged score: the best point is seldom the last. Against ascend with every iterate kept."""
+    x, seen = 0.3 + 0.4 * torch.rand(400, 1, 2, 3, generator=rng(2)), []
+
+    def score(x):
+        return (x.flatten(1) * torch.arange(1, 7)).mul(20).sin().sum(1)
+    best, value = worst_case(score, x, 5, 0.05, eps=0.1, restarts=3, norm=norm, generator=rng(4))
+    g = rng(4)
+    for restart in range(3):
+        end = ascend(score, x, 5, 0.05, eps=0.1, norm=norm, random_start=restart > 0, generator=g,
+                     callback=lambda k, x_k, s: seen.append((x_k, s)))
+        seen.append((end, score(end)))
+    points, values = torch.stack([p for p, _ in seen]), torch.stack([v for _, v in seen])
+    winner = values.argmax(0)
+    exact(value, values.amax(0))
+    exact(best, points[winner, torch.arange(400)])
+    exact(score(best), value)
+    assert len(set(winner.tolist())) > 8 and (winner == 0).any() and ((winner + 1) % 6 == 0).any()
+    exact(worst_case(score, x, 0, 0.05, eps=0.1), (x, score(x)))
+    few = worst_case(score, x, 5, 0.05, eps=0.1, norm=norm)[1]
+    assert (few >= score(x)).all() and (value >= few).all() and (value > few).any()
+
+
+def test_replay_buffer():
+    buffer = ReplayBuffer(1000, (2, 3), reinit=0.2, generator=rng())
+    assert 0 <= buffer.x.min() and buffer.x.max() < 1 and abs(buffer.x.mean() - 0.5) < 0.02
+    fresh, counts = 0, torch.zeros(1000)
+    for k in range(50):
+        before = buffer.x.clone()
+        x_0, idx = buffer.sample(200)
+        assert x_0.shape == (200, 2, 3) and len(idx.unique()) == 200
+        counts[idx] += 1
+        new = (x_0 != before[idx]).flatten(1)
+        assert torch.equal(new.any(1), new.all(1)) and (k == 0 or x_0[new.all(1)].max() < 1)
+        fresh += new.all(1).sum().item()
+        exact(buffer.x, before)  # sampling changes nothing
+        buffer.update(idx, (x_0 + k + 1).requires_grad_())
+        exact(buffer.x[idx], x_0 + k + 1)
+        untouched = torch.ones(1000, dtype=torch.bool).index_fill(0, idx, False)
+        exact(buffer.x[untouched], before[untouched])
+        assert not buffer.x.requires_grad
+    assert abs(fresh / 10000 - 0.2) < 0.02  # five standard errors
+    assert counts.min() > 0 and counts.max() < 30
+    other = ReplayBuffer(1000, (2, 3), generator=rng(9))
+    kept = other.x
+    other.load_state_dict({k: v.clone() for k, v in buffer.state_dict().items()})
+    exact(other.x, buffer.x)
+    assert other.x is kept and other.x is not buffer.x
 
 
 def tiny_images():  # three classes of 1 x 2 x 2, few and unequally many: 1/n is not 1/(n-1)
