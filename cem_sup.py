@@ -21,7 +21,6 @@ import argparse
 import io
 import json
 import math
-import os
 import shutil
 import socket
 import sys
@@ -36,7 +35,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, resnet18, resnet50
 
 from samplers import (accuracy, ascend, cross_entropy, eval_mode, fit_gaussians, log_p_x, log_p_x_given_y,
-                      log_p_y_given_x, reinforced, save_samples, to_float, to_uint8)
+                      log_p_y_given_x, reinforced, replace_files, save_samples, to_float, to_uint8)
 
 # ================================================================ the method
 def at_loss(f, x, y, steps=7, step_size=0.1, eps=0.5, norm="l2"):
@@ -163,7 +162,7 @@ def write_samples(name, f, start, args, generator):
         images.append(to_uint8(x))
         progress(f"sampling, {name}", begun, len(labels), sum(map(len, images)))
     save_samples(Path(args.out) / f"samples_{name}", torch.cat(images), labels)
-    return {"n": len(labels), "is_mean": None, "is_std": None, "fid": None}
+    return {"n": len(labels)}
 
 
 def run(args):
@@ -280,14 +279,14 @@ def open_results(args, seconds):
 
 
 def write_results(args, results):
-    flags = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON has no infinity
-    write_whole(Path(args.out) / "results.json", json.dumps(results | {"args": flags}, indent=2).encode())
+    results["args"] = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # JSON has no infinity
+    replace_files({f"{args.out}/results.json": json.dumps(results, indent=2).encode()})
 
 
 def once(results, args, section, name, flags, work):
     """results[section][name] = work(); skipped where results.json has it for the same training and flags."""
     key, phase = str({k: getattr(args, k) for k in flags}), f"{section} {name}"
-    there = section != "samples" or (Path(args.out) / f"samples_{name}.npz").exists()
+    there = section != "samples" or Path(f"{args.out}/samples_{name}.npz").exists()
     if there and results["done"].get(phase) == key:
         return print(f"{phase}: already in {args.out}")
     begun = time.time()
@@ -301,39 +300,29 @@ def once(results, args, section, name, flags, work):
 
 def score_samples(results, args, names):
     """IS and FID of each samples_NAME.npz into results.json, or null with the reason."""
-    none, given = {"is_mean": None, "is_std": None, "fid": None}, args.inception_weights
-    rows = {name: row for name, row in results["samples"].items() if name in names
-            and (row["fid"] is None or given not in (None, row["inception_weights"]))}
-    paths, why = [str(Path(args.out) / f"samples_{name}.npz") for name in rows], None
-    if not rows:
-        return
+    given, why = args.inception_weights, "never with --smoke; on a CPU only with --inception-weights PATH"
+    rows = {f"{args.out}/samples_{name}.npz": row for name, row in results["samples"].items() if name in names
+            and (row.get("fid") is None or given not in (None, row["inception_weights"]))}
+    scores = [{}] * len(rows)
     try:
-        if args.smoke or (args.device == "cpu" and not given):
-            raise ValueError("never with --smoke; on a CPU only with --inception-weights PATH")
-        from metrics import score
-        scores = score(paths, args.data, weights=given, device=args.device)
+        if rows and not args.smoke and (given or args.device != "cpu"):
+            from metrics import score
+            scores, why = score(rows, args.data, weights=given, device=args.device), None
     except (ImportError, OSError, ValueError, torch.OutOfMemoryError) as e:
-        scores, why = [{}] * len(rows), str(e)
-        print(f"no IS and FID ({why}); later: python metrics.py {' '.join(paths)} --data {args.data}")
+        why = str(e)
+    if rows and why:
+        print(f"no IS and FID ({why}); later: python metrics.py {' '.join(rows)} --data {args.data}")
     for row, score in zip(rows.values(), scores):
-        row.update(none | score, reason=why, inception_weights=given)
+        row |= {"is_mean": None, "is_std": None, "fid": None, "reason": why, "inception_weights": given} | score
     write_results(args, results)
 
 
 # ================================================================ block: checkpoint
-def write_whole(path, data):
-    """Write bytes under a temporary name, then rename: the old file stays until the new one is whole."""
-    path.with_name(path.name + ".tmp").write_bytes(data)
-    os.replace(path.with_name(path.name + ".tmp"), path)
-
-
 def open_out(args):
     """The checkpoint in --out or None, checked against args. A --smoke without --out starts afresh."""
-    if args.out is None:
-        args.out = f"runs/{NAME}" + ("-smoke" if args.smoke else "")
-        if args.smoke and not args.eval_only:
-            shutil.rmtree(args.out, ignore_errors=True)
-    mine = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    if args.out is None and args.smoke and not args.eval_only:
+        shutil.rmtree(f"runs/{NAME}-smoke", ignore_errors=True)
+    args.out = args.out or f"runs/{NAME}" + "-smoke" * args.smoke
     path = Path(args.out) / "checkpoint.pt"
     if not path.exists():
         return fail(f"--eval-only: no checkpoint in {args.out}") if args.eval_only else None
@@ -342,15 +331,15 @@ def open_out(args):
         script, epoch, theirs = state["script"], state["epoch"], state["args"]
     except Exception as e:
         fail(f"{path} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
-    other = [f"{k} was {theirs.get(k)}, is {v}" for k, v in mine.items() if theirs.get(k) != v]
+    other = "".join(f"; {k} was {theirs.get(k)}, is {v}" for k, v in vars(args).items()
+                    if k not in FREE_FLAGS and theirs.get(k) != v)
     if args.eval_only and script == NAME:
-        print(f"as it was trained: {args.out}, {epoch} epochs" + "".join(f"; {change}" for change in other))
+        print(f"as it was trained: {args.out}, {epoch} epochs{other}")
         vars(args).update({k: v for k, v in theirs.items() if k not in FREE_FLAGS}, epochs=epoch)
-        return state
-    if script != NAME or other or args.epochs < epoch:
-        fail(f"{path} is of {script}.py with {epoch} epochs: --epochs may grow, all else needs another --out"
-             + "".join(f"; {change}" for change in other))
-    if args.epochs != theirs["epochs"]:
+    elif script != NAME or other or args.epochs < epoch:
+        fail(f"{path} is of {script}.py with {epoch} epochs: --epochs may grow, all else needs another "
+             f"--out{other}")
+    elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
     return state
 
@@ -373,12 +362,12 @@ def restore(state, args, model, optimizer):
 def save_checkpoint(args, model, optimizer, epoch, seconds, **more):
     """Write checkpoint.pt, if every weight is finite: plain dicts, which load with weights_only=True."""
     check_loss(sum(p.detach().sum() for p in model.parameters()).item() * 0, args)
-    buffer, rng = io.BytesIO(), {"rng": torch.get_rng_state()}
     if "cuda" in args.device:
-        rng["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-    torch.save({"script": NAME, "epoch": epoch, "seconds": seconds, "args": vars(args), **rng, **more,
-                "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
-    write_whole(Path(args.out) / "checkpoint.pt", buffer.getbuffer())
+        more["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+    torch.save({"script": NAME, "epoch": epoch, "seconds": seconds, "args": vars(args), **more,
+                "rng": torch.get_rng_state(), "model": model.state_dict(),
+                "optimizer": optimizer.state_dict()}, buffer := io.BytesIO())
+    replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
 
 
 def check_loss(loss, args):
@@ -401,8 +390,8 @@ def common_flags(archs, samplers, starts):
     parser = argparse.ArgumentParser(f"{NAME}.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    titles = ("data", "model", "training", "attack", "sampling", "evaluation")
-    groups = {title: parser.add_argument_group(title) for title in titles}
+    groups = {title: parser.add_argument_group(title) for title in
+              ("data", "model", "training", "attack", "sampling", "evaluation")}
     data, model, training, attack, sampling, evaluation = (g.add_argument for g in groups.values())
     count, real = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
     cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] * torch.cuda.is_available()
@@ -445,9 +434,9 @@ def parse_common(parser, argv, samplers, smoke):
     args.amp = "cuda" in args.device if args.amp is None else args.amp
     args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
     for flag, v in vars(args).items():  # no NaN; inf as a radius only
-        if type(v) in (int, float) and not (0 <= v < 2 ** 63 or v == math.inf and flag.endswith("eps")) or (
-                v == 0 and flag in POSITIVE_FLAGS):
-            sign = ">" if flag in POSITIVE_FLAGS else ">="
+        sign = ">" if flag in POSITIVE_FLAGS else ">="
+        if type(v) in (int, float) and not (0 <= v < 2 ** 63 and (v or sign == ">=") or
+                                            v == math.inf and flag.endswith("eps")):
             fail(f"--{flag.replace('_', '-')} must be {sign} 0 and finite, not {v}")
     return args
 

@@ -441,18 +441,6 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, m
     assert not (tmp_path / "one" / "checkpoint.pt").exists()
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    (tmp_path / "checkpoint.pt").write_bytes(b"old")
-
-    def full(path, data):
-        open(path, "wb").write(bytes(data[:2]))
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(OSError):
-        cem_sup.write_whole(tmp_path / "checkpoint.pt", b"new")
-    assert (tmp_path / "checkpoint.pt").read_bytes() == b"old"
-
-
 # ---------------------------------------------------------------- real data, CUDA
 
 

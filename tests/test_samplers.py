@@ -1,6 +1,7 @@
 """samplers.py against closed forms: steps, projections, laws, scores and the statements that CEM rests on."""
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from torch import nn
 
 import samplers
 from samplers import (ReplayBuffer, accuracy, ascend, cross_entropy, eval_mode, fit_gaussians, joint_energy_score,
-                      langevin, log_p_x, log_p_x_given_y, log_p_y_given_x, logit, project, reinforced, save_samples,
-                      sgld, steepest, to_float, to_uint8, worst_case)
+                      langevin, log_p_x, log_p_x_given_y, log_p_y_given_x, logit, project, reinforced, replace_files,
+                      save_samples, sgld, steepest, to_float, to_uint8, worst_case)
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -501,6 +502,24 @@ def test_save_samples(tmp_path, n, labels, rows, columns, shown):
             assert labels is None or file["arr_1"].dtype == np.int64 and file["arr_1"].tolist() == labels
         images = cells(tmp_path / f"{name}.png", rows, columns)
         assert np.array_equal(images[:len(shown)], nhwc[shown]) and (images[len(shown):] == 255).all()
+
+
+def test_a_failed_write_keeps_the_old_files(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "b").write_bytes(b"old")
+    write = Path.write_bytes
+
+    def full(path, data):
+        write(path, bytes(data[:2]))
+        if path.name == "b.tmp":
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="space"):
+        replace_files({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"old"
+    monkeypatch.undo()
+    replace_files({tmp_path / "a": b"new", str(tmp_path / "b"): b"newer"})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"new", "b": b"newer"}
 
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([4])])
