@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cem_sup  # noqa: E402
+import cem_unsup  # noqa: E402
 import metrics  # noqa: E402
-from samplers import ascend, cross_entropy, eval_mode, to_float  # noqa: E402
+from samplers import ascend, cross_entropy, entropy, eval_mode, to_float  # noqa: E402
 
 # images, seeds: batches of training and sampling, on CUDA the scripts' own; attack, sample: steps measured;
 # scored: images through Inception; features, logits: of FID and IS (in full 2048 and 50000)
@@ -121,14 +122,12 @@ def compare(b, name, n, project, plain=None, *, forward=None, steps=0, whole=Non
 # ---------------------------------------------------------------- cem_sup
 
 
-def plain_ascend(f, x, y, steps, step_size, eps, sign=1):
-    """l2-PGD in the ordinary way; sign -1 descends the cross-entropy: the sampler TA."""
-    f.eval()
+def plain_steps(loss, x, steps, step_size, eps):
+    """Normalised l2 steps up `loss`, a function of x, in the ordinary way."""
     x_hat = x
     for _ in range(steps):
         x_hat = x_hat.detach().requires_grad_()
-        loss = sign * F.cross_entropy(f(x_hat), y)
-        loss.backward()  # accumulates the parameters' gradients as well
+        loss(x_hat).backward()  # accumulates the parameters' gradients as well
         with torch.no_grad():
             g = x_hat.grad / x_hat.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             d = x_hat + step_size * g - x
@@ -168,7 +167,8 @@ def cem_sup_rows(b, arch):
         optimizer.step()
 
     def train_plain():
-        x_hat = plain_ascend(f_plain, x, y, K, step_size, eps)
+        f_plain.eval()
+        x_hat = plain_steps(lambda x: F.cross_entropy(f_plain(x), y), x, K, step_size, eps)
         f_plain.train()
         loss = F.cross_entropy(f_plain(x_hat), y)
         optimizer_plain.zero_grad()
@@ -179,15 +179,87 @@ def cem_sup_rows(b, arch):
         with autocast():
             cem_sup.sample("ta", f, x_0, y_0, args.sample_steps, *sampling)
 
+    def attack_plain():
+        f_plain.eval()
+        plain_steps(lambda x: F.cross_entropy(f_plain(x), y), x, b.attack, step_size, eps)
+
+    def sample_plain():
+        f_plain.eval()
+        plain_steps(lambda x: -F.cross_entropy(f_plain(x), y_0), x_0, b.sample, *sampling)
+
     forward = forward_flops(f.eval(), x)
-    return [*compare(b, f"cem_sup attack PGD-{K}, {arch}", b.images, attack,
-                     lambda: plain_ascend(f_plain, x, y, b.attack, step_size, eps),
+    return [*compare(b, f"cem_sup attack PGD-{K}, {arch}", b.images, attack, attack_plain,
                      forward=forward, steps=b.attack, whole=K),
             *compare(b, f"cem_sup training PGD-{K}, {arch}", b.images, train, train_plain,
                      forward=forward, steps=K, passes=3),
-            *compare(b, f"cem_sup sampling TA-{whole}, {arch}", b.seeds, sample,
-                     lambda: plain_ascend(f_plain, x_0, y_0, b.sample, *sampling, sign=-1),
+            *compare(b, f"cem_sup sampling TA-{whole}, {arch}", b.seeds, sample, sample_plain,
                      forward=forward, steps=b.sample, whole=whole)]
+
+
+# ---------------------------------------------------------------- cem_unsup
+
+
+def plain_nt_xent(z, tau):
+    """Of 2B rows, as it is usually written: cross-entropy of the similarities with the diagonal masked."""
+    s = (z @ z.T / tau).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -1e9)
+    return F.cross_entropy(s, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+
+
+def cem_unsup_rows(b, arch):
+    """Training step, a MaxEnt chain, and that chain's similarities alone, at the script's own N."""
+    args = cem_unsup.parse_args(["--device", b.device, "--arch", arch])
+    g = cem_unsup.make_model(arch).to(b.device, memory_format=torch.channels_last)
+    g_plain = cem_unsup.make_model(arch).to(b.device)
+    sgd = partial(torch.optim.SGD, lr=args.lr, momentum=0.9, weight_decay=1e-4)
+    optimizer, optimizer_plain = sgd(g.parameters()), sgd(g_plain.parameters())
+    n, N = (args.batch_size, args.sample_batch_size) if b.cuda else (b.images, b.seeds)
+    images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, device=b.device)
+    x, x_0 = to_float(images), torch.rand(N, 3, 32, 32, device=b.device)
+    K, whole, tau = args.attack_steps, args.sample_steps, args.temperature
+    autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=args.amp)
+
+    def train():  # the body of cem_unsup.train
+        g.train()
+        views = cem_unsup.augment(to_float(images).repeat(2, 1, 1, 1)).chunk(2)
+        with autocast():
+            loss = cem_unsup.cem_loss(g, *views, tau, "one", K, args.attack_step_size, args.attack_eps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def train_plain():
+        g_plain.eval()
+        z_prime = g_plain(x).detach()
+        x_hat = plain_steps(lambda x_hat: plain_nt_xent(torch.cat([g_plain(x_hat), z_prime]), tau), x, K,
+                            args.attack_step_size, args.attack_eps)
+        g_plain.train()
+        loss = plain_nt_xent(g_plain(torch.cat([x_hat, x])), tau)
+        optimizer_plain.zero_grad()
+        loss.backward()
+        optimizer_plain.step()
+
+    def maxent():
+        with autocast():
+            cem_unsup.sample("maxent", g, x_0, tau, b.sample)
+
+    def maxent_loss(x):
+        z = g_plain(x)
+        s = (z @ z.detach().T / tau).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -1e9)
+        return -s.logsumexp(1).sum()
+
+    def maxent_plain():
+        g_plain.eval()
+        plain_steps(maxent_loss, x_0, b.sample, args.sample_step_size, args.sample_eps)
+
+    z = torch.randn(args.sample_batch_size, 512, device=b.device)
+    forward = forward_flops(g.eval(), x)
+    return [*compare(b, f"cem_unsup training PGD-{K}, {arch}", n, train, train_plain,
+                     forward=forward, steps=K, passes=7),
+            *compare(b, f"cem_unsup sampling MaxEnt-{whole}, {arch}", N, maxent, maxent_plain,
+                     forward=forward, steps=b.sample, whole=whole),
+            *compare(b, f"  similarities alone, N = {len(z)}", len(z),
+                     lambda: ascend(entropy(torch.nn.Identity(), tau), z, b.sample, 0.5, clamp=None),
+                     steps=b.sample, whole=whole)]
 
 
 # ---------------------------------------------------------------- metrics
@@ -244,7 +316,8 @@ def main(argv=None):
     b = SimpleNamespace(device=args.device, cuda=cuda, **sizes)
     torch.manual_seed(0)
     b.matmul_rate = matmul_rate(b)
-    rows = [row for arch in ("resnet18", "resnet50")[:1 + cuda] for row in cem_sup_rows(b, arch)]
+    rows = [row for arch in ("resnet18", "resnet50")[:1 + cuda] for rows in (cem_sup_rows, cem_unsup_rows)
+            for row in rows(b, arch)]
     rows += metrics_rows(b)
     about = dict(device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
                  threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,

@@ -525,6 +525,14 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 3
 
 
+def test_the_incomplete_batch_is_dropped(tmp_path, monkeypatch):
+    sizes, loss = [], cem_unsup.cem_loss
+    monkeypatch.setattr(cem_unsup, "cem_loss", lambda g, x, *a: sizes.append(len(x)) or loss(g, x, *a))
+    cem_unsup.main([*TINY, "--limit-train", "100", "--batch-size", "32", "--sampler", "pgd", "--start", "pooled",
+                    "--sample-steps", "0", "--out", str(tmp_path)])
+    assert sizes == [32] * 6  # three batches of two epochs; NT-Xent's level depends on the size
+
+
 def test_batches_of_samples_are_equally_large(tmp_path, monkeypatch):
     """N decides how far the samples spread: no small batch is left over at the end."""
     sizes, sample = [], cem_unsup.sample
