@@ -1,0 +1,139 @@
+"""What makes the scripts fast, as far as it can be counted without a GPU: operations, and no waiting for the device
+inside a step."""
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import cem_sup
+import cem_unsup
+from samplers import cross_entropy, entropy, eval_mode, langevin, log_p_x, sgld, worst_case
+
+
+class Count(TorchDispatchMode):
+    """Operations of convolutions and products, and the calls that make the host wait for the device."""
+    operations, waits = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, packet = function(*args, **(kwargs or {})), function._overloadpacket
+        if packet in flop_registry:
+            self.operations += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        masks = packet is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.waits += masks or packet in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return out
+
+
+@contextmanager
+def counting(monkeypatch):
+    with Count() as count:
+        for name in ("cpu", "numpy", "tolist"):
+            method = getattr(torch.Tensor, name)
+
+            def counted(*args, method=method, **kwargs):
+                count.waits += 1
+                return method(*args, **kwargs)
+            monkeypatch.setattr(torch.Tensor, name, counted)
+        yield count
+    monkeypatch.undo()
+
+
+def forward_operations(f, x):
+    with Count() as count, torch.no_grad():
+        f(x)
+    return count.operations / len(x)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def cem_sup_step(f, x, K):
+    cem_sup.at_loss(f, x, torch.arange(len(x)) % 10, steps=K).backward()
+
+
+def cem_unsup_step(g, x, K, views="one"):
+    cem_unsup.cem_loss(g, x, x.flip(3), views=views, steps=K).backward()
+
+
+# a training step with K attack steps; per image and in forwards of one image: its operations, and how many of the
+# training pass's forwards are of images (whose gradient, at the stem, is not computed)
+STEPS = {"cem_sup": (cem_sup, cem_sup_step, lambda K: 2 * K + 3, 1),
+         "cem_unsup, one view": (cem_unsup, cem_unsup_step, lambda K: 2 * K + 7, 2),
+         "cem_unsup, both views": (cem_unsup, partial(cem_unsup_step, views="both"), lambda K: 4 * K + 6, 2)}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_operations_of_a_training_step(name, images):
+    """The attack does not compute the parameters' gradients (3 forwards a step instead of 2); no forward is wasted."""
+    script, step, expected, passes = STEPS[name]
+    f = script.make_model("small").train()
+    forward = forward_operations(f, images)
+    stem = forward_operations(next(m for m in f.modules() if isinstance(m, nn.Conv2d)), images) / forward
+    for K in (0, 1, 4):
+        with Count() as count:
+            step(f, images, K)
+        assert count.operations / forward / len(images) == pytest.approx(expected(K) - passes * stem, rel=0.005)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step_does_not_wait(name, images, monkeypatch):
+    script, step, *_ = STEPS[name]
+    f = script.make_model("small").train()
+    with counting(monkeypatch) as count:
+        step(f, images, 2)
+    assert count.waits == 0
+
+
+def test_augmentation_does_not_wait(images, monkeypatch):
+    with counting(monkeypatch) as count:
+        cem_sup.crop_flip(images)
+        cem_sup.to_uint8(images)
+        orders = torch.randperm(4).tolist()  # of the colour changes: on the CPU
+        own = count.waits
+        cem_unsup.augment(images)
+    assert len(orders) == 4 and own == 1 and count.waits == 2
+
+
+def test_samplers_do_not_wait(images, monkeypatch):
+    f, g, y = cem_sup.make_model("small"), cem_unsup.make_model("small"), torch.arange(8)
+    generator = torch.Generator().manual_seed(0)
+    with counting(monkeypatch) as count:
+        for name in cem_sup.SAMPLERS:
+            cem_sup.sample(name, f, images, y, steps=2, noise=0.1, generator=generator)
+        for name in cem_unsup.SAMPLERS:
+            cem_unsup.sample(name, g, images, steps=2)
+        with eval_mode(f):
+            sgld(log_p_x(f), images, 2, 0.25, 0.005)
+            langevin(log_p_x(f), images, 2, 0.1)
+            worst_case(cross_entropy(f, y), images, 2, 0.1, eps=0.5, restarts=2, norm="linf")
+    assert count.waits == 0
+
+
+def test_the_counters_count(images, monkeypatch):
+    """The two tests above would pass if nothing were counted."""
+    with counting(monkeypatch) as count:
+        images.sum().item()
+        images[images > 0.5]
+        images.nonzero()
+        images.cpu()
+        images.tolist()
+        images.numpy()
+        bool((images > 2).any())
+    assert count.waits == 7
+    f = nn.Conv2d(3, 4, 3)
+    assert forward_operations(f, images) == 2 * 27 * 4 * 30 * 30
+
+
+def test_similarities_are_a_small_part_of_a_maxent_step(images):
+    """N x N products at N = 512 beside 512 images through a ResNet-18."""
+    g = cem_unsup.make_model("resnet18").eval()
+    forward = forward_operations(g, images[:1])
+    z = torch.randn(512, 512)
+    with Count() as count:
+        torch.autograd.grad(entropy(nn.Identity(), 0.5)(z.requires_grad_()).sum(), z)
+    assert count.operations >= 2 * 512 ** 3 and count.operations < 0.01 * 512 * 2 * forward
