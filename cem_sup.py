@@ -279,7 +279,7 @@ def open_results(args, seconds):
 
 
 def write_results(args, results):
-    results["args"] = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # JSON has no infinity
+    results["args"] = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON
     replace_files({f"{args.out}/results.json": json.dumps(results, indent=2).encode()})
 
 
@@ -313,7 +313,7 @@ def score_samples(results, args, names):
     if rows and why:
         print(f"no IS and FID ({why}); later: python metrics.py {' '.join(rows)} --data {args.data}")
     for row, score in zip(rows.values(), scores):
-        row |= {"is_mean": None, "is_std": None, "fid": None, "reason": why, "inception_weights": given} | score
+        row |= dict.fromkeys(["is_mean", "is_std", "fid"]) | dict(reason=why, inception_weights=given) | score
     write_results(args, results)
 
 
@@ -337,8 +337,7 @@ def open_out(args):
         print(f"as it was trained: {args.out}, {epoch} epochs{other}")
         vars(args).update({k: v for k, v in theirs.items() if k not in FREE_FLAGS}, epochs=epoch)
     elif script != NAME or other or args.epochs < epoch:
-        fail(f"{path} is of {script}.py with {epoch} epochs: --epochs may grow, all else needs another "
-             f"--out{other}")
+        fail(f"{path}: {script}.py, {epoch} epochs. --epochs may grow, all else needs another --out{other}")
     elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
     return state

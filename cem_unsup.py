@@ -6,14 +6,15 @@ Adversarial Training, ICLR 2022. p(x, x') = exp f(x, x') / Z with f(x, x') = g(x
   training  min_theta E max_{|x_hat - x| <= eps} NCE(x_hat, x')     x, x': two views of an image; no labels
             NCE(x, x') = -log [ exp f(x, x') / sum_j exp f(x, x_j) ]    j: x' and the batch's other views
   MaxEnt    N samples move together to raise H = -1/N sum_i log 1/N sum_j exp f(x_i, x_j), each by its own
-            index: x_i along grad -log sum_{j != i} exp f(x_i, sg[x_j]); others held, so not quite grad H
+            index only, grad -log sum_{j != i} exp f(x_i, sg[x_j]), sg: held; so not quite grad H
   PGD       raises NCE(x_i, seed_i) among the samples, as the attack does: they attract each other
 
   python cem_unsup.py                            the headline: ResNet-50 on CIFAR-10 (downloaded), l2 0.5
   python cem_unsup.py --smoke                    everything, small, on drawn classes: 25 s on two CPU cores
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{maxent,pgd}-{uncond,cond}.{png,npz} to --out; resumes.
-Defaults: [paper] slides; [ACL] Jiang et al. 2020, its basis; [AdvCL] Fan et al. 2021; [assumed] our reading.
+Sources: [paper] the slides: p(x, x'); [memory]: training, MaxEnt; [ACL] Jiang et al. 2020, its basis: |g| = 1
+and t; [AdvCL] Fan et al. 2021; [assumed] our reading: PGD, the same f in sampling. Defaults say theirs.
 """
 import argparse
 import io
@@ -38,19 +39,18 @@ from samplers import (accuracy, ascend, cross_entropy, entropy, eval_mode, fit_g
 
 # ================================================================ the method
 def nt_xent(z1, z2, temperature):
-    """NT-Xent of two views z1, z2 [B, D], the mean over all 2B of -f_ii' + log sum_{j != i} exp f_ij with
-    f_ij = z_i.z_j / (|z_i||z_j| temperature): the function that the attack ascends, here of z itself."""
+    """NT-Xent of two views z1, z2 [B, D] of any length: the attack's score, the mean over all 2B rows."""
     return info_nce(nn.Identity(), None, temperature)(torch.cat([z1, z2])).mean()
 
 
 def cem_loss(g, x, x_prime, tau=0.5, views="one", steps=7, step_size=0.1, eps=0.5, norm="l2"):
-    """max_{|x_hat - x| <= eps} NCE(x_hat, x') of two views x, x' [B, 3, 32, 32] of the same images."""
-    attack = partial(ascend, steps=steps, step_size=step_size, eps=eps, norm=norm, random_start=True)
+    """max_{|x_hat - x| <= eps} NCE(x_hat, x') of two views x, x' [B, 3, 32, 32] in [0, 1] of the same images.
+    views "both": x' is moved too, jointly [ACL, whose clean half and second batch norm are left out]."""
+    if views == "both":
+        x, x_prime = torch.cat([x, x_prime]), None
     with eval_mode(g):
-        if views == "one":  # the formula
-            both = torch.cat([attack(info_nce(g, x_prime, tau), x), x_prime])
-        else:  # x' too, jointly: ACL's code
-            both = attack(info_nce(g, None, tau), torch.cat([x, x_prime]))
+        x_hat = ascend(info_nce(g, x_prime, tau), x, steps, step_size, eps=eps, norm=norm, random_start=True)
+    both = x_hat if views == "both" else torch.cat([x_hat, x_prime])
     return nt_xent(*g(both).chunk(2), tau)  # one forward of both views: one set of batch statistics
 
 
@@ -73,7 +73,7 @@ def batch_entropy(z, tau=0.5):
 
 # ================================================================ model
 class Encoder(nn.Module):
-    """Images [B, 3, 32, 32] in [0, 1] to z [B, D] on the unit sphere; encode(x): h, before the projector."""
+    """Images [B, 3, 32, 32] in [0, 1] to z [B, D] on the unit sphere; encode(x): h [B, D], not projected."""
 
     def __init__(self, net, width):
         super().__init__()
@@ -90,8 +90,8 @@ class Encoder(nn.Module):
 
 
 def make_model(arch="resnet50"):
-    """An Encoder: resnet50 or resnet18 [paper], with a 3x3 stem of stride 1, no max-pool [ACL], torchvision's
-    initialisation [assumed]; or "small", the smoke run's. README: loading a checkpoint."""
+    """An Encoder: resnet50 or resnet18 [paper], with a 3x3 stem of stride 1, no max-pool and torchvision's
+    initialisation [ACL], or "small", the smoke run's. README: loading a checkpoint."""
     if arch == "small":
         layers = [m for i, o, k in ((3, 32, 4), (32, 64, 3), (64, 128, 3))  # a 3x3 stem leaves a grid
                   for m in (nn.Conv2d(i, o, k, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
@@ -151,12 +151,12 @@ def parse_args(argv):
     parser, groups = common_flags(("resnet18", "resnet50", "small"), SAMPLERS, ("all", *STARTS.values()))
     add = groups["training"].add_argument
     add("--temperature", type=float, metavar="X", help="t of f = g.g' / t, in sampling too; %(default)s")
-    add("--warmup-epochs", type=float, metavar="X", help="at most a tenth; then a cosine; %(default)s")
-    groups["attack"].add_argument("--attack-views", choices=("one", "both"), help="%(default)s")
+    add("--warmup-epochs", type=float, metavar="X", help="<= --epochs / 10; then a cosine; %(default)s")
+    groups["attack"].add_argument("--attack-views", choices=("one", "both"), help="that move; %(default)s")
     parser.set_defaults(
-        arch="resnet50", attack_views="one",  # [paper; the formula, ACL: both]
+        arch="resnet50", attack_views="one",  # [paper]; the formula's [ACL: both]
         norm="l2", attack_eps=0.5, attack_steps=7, attack_step_size=0.1,  # [assumed: as supervised CEM]
-        temperature=0.5, epochs=1000, batch_size=512, lr=0.5, warmup_epochs=10.0,  # [ACL; lr, warm-up: AdvCL]
+        temperature=0.5, epochs=1000, batch_size=512, lr=0.5, warmup_epochs=10.0,  # [ACL; lr: AdvCL]
         sample_norm="l2", sample_steps=60, sample_step_size=0.5, sample_eps=30.0, sample_noise=0.0,
         start="all", num_samples=50000, sample_batch_size=512)  # [assumed]
     args = parse_common(parser, argv, SAMPLERS, SMOKE)
@@ -171,14 +171,13 @@ def train(g, x_train, args, state):
     """Train g in place, from `state` (a checkpoint or None) to --epochs -> seconds, those before included."""
     optimizer = torch.optim.SGD(g.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)  # [AdvCL]
     first, seconds = restore(state, args, g, optimizer)
-    begun, updates = time.time(), len(x_train) // args.batch_size
-    n = updates * args.batch_size  # without the last, incomplete batch: NT-Xent's level depends on the size
+    begun, n = time.time(), len(x_train) // args.batch_size * args.batch_size  # no smaller batch [assumed]
     warmup = min(args.warmup_epochs, args.epochs / 10)
     for epoch in range(first, args.epochs):
         g.train()
         start, losses, order = time.time(), [], torch.randperm(len(x_train), device=x_train.device)
         for i, batch in enumerate(order[:n].split(args.batch_size)):
-            t = epoch + (i + .5) / updates  # linear to --lr, then a cosine to zero
+            t = epoch + (i + .5) * args.batch_size / n  # linear to --lr, then a cosine to zero
             cosine = .5 + .5 * math.cos(math.pi * (t - warmup) / (args.epochs - warmup))
             optimizer.param_groups[0]["lr"] = lr = args.lr * (t / warmup if t < warmup else cosine)
             x, x_prime = augment(to_float(x_train[batch]).repeat(2, 1, 1, 1)).chunk(2)
@@ -189,7 +188,7 @@ def train(g, x_train, args, state):
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-            if i % (50 if x.is_cuda else 1) == 0 or i + 1 == updates:  # the only synchronisation
+            if i % (50 if x.is_cuda else 1) == 0 or (i + 1) * len(x) == n:  # the only synchronisation
                 mean = torch.stack(losses).mean().item()
                 check_loss(mean, args)
                 progress("training", begun, (args.epochs - first) * n, (epoch - first) * n + (i + 1) * len(x),
@@ -203,7 +202,7 @@ def train(g, x_train, args, state):
 
 
 def linear_probe(g, x, y):
-    """A classifier of h = g.encode(x): logistic regression on images x with labels y, 300 steps on all."""
+    """A classifier f of h = g.encode(x): logistic regression on uint8 images x, labels y [assumed: Adam]."""
     with eval_mode(g), torch.no_grad():
         h = torch.cat([g.encode(to_float(b)) for b in x.split(500)])
     f = nn.Sequential(nn.BatchNorm1d(h.shape[1], affine=False, momentum=None), nn.Linear(h.shape[1], 10))
@@ -212,12 +211,12 @@ def linear_probe(g, x, y):
         optimizer.zero_grad()
         F.cross_entropy(f(h), y).backward()
         optimizer.step()
-    f.g, f.forward = g, lambda x: f[1](f[0](g.encode(x)))
+    f.eval().g, f.forward = g, lambda x: f[1](f[0](g.encode(x)))
     return f
 
 
 def write_samples(name, g, x, y, args, generator):
-    """--num-samples images; both samplers move the same seeds, which are fitted to images x, labels y."""
+    """--num-samples images from seeds fitted to x, y -> n and the batches' mean entropy before and after."""
     (sampler, start), begun, images, entropies = name.split("-"), time.time(), [], []
     gaussians = fit_gaussians(x, y if start == "cond" else None)
     generator.manual_seed(args.seed)
@@ -238,13 +237,12 @@ def write_samples(name, g, x, y, args, generator):
 
 def run(args):
     state = open_out(args)
-    device = torch.device(args.device)
-    x_train, y_train, x_test, y_test = load_data(args, device)
+    x_train, y_train, x_test, y_test = load_data(args, args.device)
     split = (x_test, y_test) if args.seed_split == "test" else (x_train, y_train)
     if len(x_train) < args.batch_size or args.start != "pooled" and len(split[1].unique()) < 10:
         fail("a larger --limit-train or --limit-test: --batch-size images, and all ten classes for the seeds")
     torch.manual_seed(args.seed)
-    g = make_model(args.arch).to(device, memory_format=torch.channels_last)
+    g = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     results = open_results(args, train(g, x_train, args, state))  # without labels
 
     # linear probe, clean and under PGD-20 through it: from the clean image, last iterate, the usual radius
@@ -256,8 +254,8 @@ def run(args):
              lambda: accuracy(probe(), x_test, y_test, progress=show, **attack))
 
     names = [f"{s}-{start}" for s in args.sampler for start in STARTS if args.start in ("all", STARTS[start])]
-    flags, generator = [flag for flag in SAMPLING_FLAGS if flag != "start"], torch.Generator(device)
-    for name in names:  # which hold the start
+    flags, generator = [flag for flag in SAMPLING_FLAGS if flag != "start"], torch.Generator(args.device)
+    for name in names:  # a name holds the start
         once(results, args, "samples", name, flags, lambda: write_samples(name, g, *split, args, generator))
     score_samples(results, args, names)
     print(f"{args.out}/results.json: accuracy {results['accuracy']}")
@@ -338,7 +336,7 @@ def open_results(args, seconds):
 
 
 def write_results(args, results):
-    results["args"] = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # JSON has no infinity
+    results["args"] = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON
     replace_files({f"{args.out}/results.json": json.dumps(results, indent=2).encode()})
 
 
@@ -372,7 +370,7 @@ def score_samples(results, args, names):
     if rows and why:
         print(f"no IS and FID ({why}); later: python metrics.py {' '.join(rows)} --data {args.data}")
     for row, score in zip(rows.values(), scores):
-        row |= {"is_mean": None, "is_std": None, "fid": None, "reason": why, "inception_weights": given} | score
+        row |= dict.fromkeys(["is_mean", "is_std", "fid"]) | dict(reason=why, inception_weights=given) | score
     write_results(args, results)
 
 
@@ -396,8 +394,7 @@ def open_out(args):
         print(f"as it was trained: {args.out}, {epoch} epochs{other}")
         vars(args).update({k: v for k, v in theirs.items() if k not in FREE_FLAGS}, epochs=epoch)
     elif script != NAME or other or args.epochs < epoch:
-        fail(f"{path} is of {script}.py with {epoch} epochs: --epochs may grow, all else needs another "
-             f"--out{other}")
+        fail(f"{path}: {script}.py, {epoch} epochs. --epochs may grow, all else needs another --out{other}")
     elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
     return state

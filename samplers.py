@@ -294,7 +294,7 @@ def fit_gaussians(x, y=None, jitter=1e-4):
 
 
 class ReplayBuffer:
-    """float32 [size, *shape], the ends of SGLD chains (JEM); a chain starts afresh with probability reinit."""
+    """float32 [size, *shape], ends of SGLD chains (JEM); a chain starts afresh with probability reinit."""
 
     def __init__(self, size, shape, reinit=0.05, device="cpu", generator=None):
         self.reinit, self.random = reinit, dict(device=device, generator=generator)

@@ -178,36 +178,41 @@ def trained(out):
     return g.eval()
 
 
+@pytest.mark.parametrize("norm, eps, step", [("l2", 1.0, 0.4), ("linf", 0.03, 0.02)])
 @pytest.mark.parametrize("views", ["one", "both"])
-def test_cem_loss_is_nt_xent_at_the_attacked_views(views):
+def test_cem_loss_is_nt_xent_at_the_attacked_views(views, norm, eps, step):
     """Against the attack written by hand: eval mode, random start, projected steps; then one train-mode forward."""
     torch.manual_seed(0)
     g, (x, x_prime) = cem_unsup.make_model("small").train(), drawn_views(8)
     by_hand = copy.deepcopy(g)
     torch.manual_seed(1)
-    loss = cem_unsup.cem_loss(g, x, x_prime, 0.5, views, steps=3, step_size=0.4, eps=1.0)
+    loss = cem_unsup.cem_loss(g, x, x_prime, 0.2, views, steps=3, step_size=step, eps=eps, norm=norm)
 
     def length(v):
         return v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     torch.manual_seed(1)
     x_0 = x if views == "one" else torch.cat([x, x_prime])
-    radius, direction = torch.rand(len(x_0), 1, 1, 1), torch.randn(x_0.shape)
-    x_hat = (x_0 + radius * direction / length(direction)).clamp(0, 1)
+    if norm == "l2":
+        radius, direction = torch.rand(len(x_0), 1, 1, 1), torch.randn(x_0.shape)
+        x_hat = (x_0 + eps * radius * direction / length(direction)).clamp(0, 1)
+    else:
+        x_hat = (x_0 + eps * (2 * torch.rand(x_0.shape) - 1)).clamp(0, 1)
     for _ in range(3):
         x_hat = x_hat.detach().requires_grad_()
-        z = by_hand.eval()(x_hat if views == "both" else torch.cat([x_hat, x_prime]))
-        s = (z @ z.T / 0.5).masked_fill(torch.eye(16, dtype=torch.bool), -math.inf)
-        rows = F.cross_entropy(s, torch.arange(16).roll(8), reduction="none")  # the attacked views' own rows
-        g_x, = torch.autograd.grad(rows[:len(x_0)].sum(), x_hat)
+        z = by_hand.eval()(x_hat)
+        s = (z @ z.T / 0.2).masked_fill(torch.eye(len(z), dtype=torch.bool), -math.inf)
+        positive = torch.arange(len(z)).roll(8)
         if views == "one":  # z' is held
-            z = by_hand(x_hat)
-            held = by_hand(x_prime).detach()
-            s = torch.cat([(z @ z.T / 0.5).masked_fill(torch.eye(8, dtype=torch.bool), -math.inf), z @ held.T / 0.5], 1)
-            g_x, = torch.autograd.grad(F.cross_entropy(s, torch.arange(8) + 8, reduction="sum"), x_hat)
-        d = x_hat.detach() + 0.4 * g_x / length(g_x) - x_0
-        x_hat = (x_0 + d / length(d).clamp(min=1)).clamp(0, 1)
+            s, positive = torch.cat([s, z @ by_hand(x_prime).detach().T / 0.2], 1), torch.arange(8) + 8
+        g_x, = torch.autograd.grad(F.cross_entropy(s, positive, reduction="sum"), x_hat)
+        if norm == "l2":
+            d = x_hat.detach() + step * g_x / length(g_x) - x_0
+            d = d / (length(d) / eps).clamp(min=1)
+        else:
+            d = (x_hat.detach() + step * g_x.sign() - x_0).clamp(-eps, eps)
+        x_hat = (x_0 + d).clamp(0, 1)
     z = by_hand.train()(torch.cat([x_hat, x_prime]) if views == "one" else x_hat)
-    torch.testing.assert_close(loss, nt_xent(z[:8], z[8:], 0.5), rtol=0, atol=1e-3)
+    torch.testing.assert_close(loss, nt_xent(z[:8], z[8:], 0.2), rtol=0, atol=2e-3)
     torch.testing.assert_close(g.net[1].running_mean, by_hand.net[1].running_mean, rtol=0, atol=1e-4)
     assert g.training
 
@@ -288,12 +293,14 @@ def test_cifar_resnet(arch, parameters, width):
 def test_samplers_ascend_their_scores_in_eval_mode():
     g, x_0 = cem_unsup.make_model("small").train(), drawn_views(8)[0]
     before = copy.deepcopy(g.state_dict())
-    moved = {name: cem_unsup.sample(name, g, x_0, 0.2, 3, 0.5) for name in cem_unsup.SAMPLERS}
+    arguments = dict(eps=0.8, norm="linf", noise=0.01)
+    moved = {name: cem_unsup.sample(name, g, x_0, 0.2, 3, 0.5, **arguments, generator=torch.Generator().manual_seed(5))
+             for name in cem_unsup.SAMPLERS}
     assert g.training and all(torch.equal(v, g.state_dict()[k]) for k, v in before.items())
     with eval_mode(g):
-        assert torch.equal(moved["maxent"], ascend(entropy(g, 0.2), x_0, 3, 0.5, eps=30.0))
-        score = info_nce(g, x_0, 0.2, other_positives=False)
-        assert torch.equal(moved["pgd"], ascend(score, x_0, 3, 0.5, eps=30.0))
+        for name, score in {"maxent": entropy(g, 0.2), "pgd": info_nce(g, x_0, 0.2, other_positives=False)}.items():
+            generator = torch.Generator().manual_seed(5)
+            assert torch.equal(moved[name], ascend(score, x_0, 3, 0.5, **arguments, generator=generator))
 
 
 def test_linear_probe():
@@ -473,8 +480,10 @@ def test_no_label_reaches_training(tmp_path, monkeypatch):
     cem_unsup.main([*flags, "--out", str(tmp_path / "shuffled")])
     one, two = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True)["model"] for d in ("right", "shuffled"))
     assert all(torch.equal(one[k], two[k]) for k in one)
-    cond = [np.load(tmp_path / d / "samples_maxent-cond.npz")["arr_0"] for d in ("right", "shuffled")]
-    assert not np.array_equal(*cond)  # the labels were others: the class-wise seeds show it
+    def samples(start):
+        return [np.load(tmp_path / d / f"samples_maxent-{start}.npz")["arr_0"] for d in ("right", "shuffled")]
+    assert not np.array_equal(*samples("cond"))  # the labels were others: the class-wise seeds show it
+    assert np.array_equal(*samples("uncond"))
 
 
 # ---------------------------------------------------------------- resume
@@ -525,12 +534,37 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 3
 
 
-def test_the_incomplete_batch_is_dropped(tmp_path, monkeypatch):
-    sizes, loss = [], cem_unsup.cem_loss
-    monkeypatch.setattr(cem_unsup, "cem_loss", lambda g, x, *a: sizes.append(len(x)) or loss(g, x, *a))
+def test_training_passes_its_flags_views_and_whole_batches_on(tmp_path, monkeypatch):
+    seen, rates, step = [], [], torch.optim.SGD.step
+
+    def record(g, x, x_prime, *numbers):
+        seen.append((len(x), *numbers))
+        assert g.training and x.shape == x_prime.shape and (x - x_prime).flatten(1).abs().amax(1).min() > 0.01
+        return g(x).square().sum()
+
+    def record_step(self):
+        rates.append([self.param_groups[0][k] for k in ("lr", "momentum", "weight_decay")])
+        step(self)
+    monkeypatch.setattr(cem_unsup, "cem_loss", record)
+    monkeypatch.setattr(torch.optim.SGD, "step", record_step)
     cem_unsup.main([*TINY, "--limit-train", "100", "--batch-size", "32", "--sampler", "pgd", "--start", "pooled",
-                    "--sample-steps", "0", "--out", str(tmp_path)])
-    assert sizes == [32] * 6  # three batches of two epochs; NT-Xent's level depends on the size
+                    "--sample-steps", "0", "--out", str(tmp_path), "--attack-views", "both", "--norm", "linf",
+                    "--temperature", "0.2", "--attack-steps", "4", "--attack-step-size", "0.03", "--attack-eps", "0.04",
+                    "--epochs", "10", "--warmup-epochs", "1", "--lr", "0.6"])
+    assert seen == [(32, 0.2, "both", 4, 0.03, 0.04, "linf")] * 30  # three batches an epoch: the fourth is incomplete
+    t = (np.arange(27) + 0.5) / 27
+    expected = [*(0.6 * np.array([1, 3, 5]) / 6), *(0.3 * (1 + np.cos(np.pi * t)))]
+    np.testing.assert_allclose(rates, [[lr, 0.9, 1e-4] for lr in expected])
+
+
+def test_the_seeds_split_and_the_probes_images(tmp_path, monkeypatch):
+    fitted, probe = [], cem_unsup.linear_probe
+    monkeypatch.setattr(cem_unsup, "linear_probe", lambda g, x, y: fitted.append(len(x)) or probe(g, x, y))
+    for split in ("train", "test"):
+        cem_unsup.main([*TINY, "--out", str(tmp_path), "--sample-steps", "0", "--seed-split", split])
+        (tmp_path / "samples_pgd-cond.npz").rename(tmp_path / f"{split}.npz")
+    assert not np.array_equal(*(np.load(tmp_path / f"{split}.npz")["arr_0"] for split in ("train", "test")))
+    assert fitted == [256]  # the training images, once
 
 
 def test_batches_of_samples_are_equally_large(tmp_path, monkeypatch):

@@ -241,7 +241,8 @@ def test_eval_mode_restores_each_module(error):
 # ---- scores ----
 
 TABLE = {log_p_y_given_x: (1, -1), log_p_x_given_y: (1, 0), reinforced: (1, 1), cross_entropy: (-1, 1),
-         joint_energy_score: (-1, 0), lambda f, y: log_p_x(f): (0, 1)}  # score a f_y + b LSE f, gradient a grad f_y + b sum_k p_k grad f_k
+         joint_energy_score: (-1, 0), lambda f, y: log_p_x(f): (0, 1)}  # (a, b)
+# score a f_y + b LSE f, gradient a grad f_y + b sum_k p_k grad f_k
 
 
 def gradient(score, x):  # as the sampler sees it
@@ -335,7 +336,8 @@ def test_sgld_in_the_unit_box_is_jems_in_its_own():
             5, 6, dtype=x.dtype, generator=xi)
     close(2 * ours - 1, x.detach(), rtol=1e-9)
     seen = []
-    inside = sgld(log_p_x(f), randn(5, 6, dtype=torch.float64), 3, 0.1, 0.5, clamp=(0, 0.5), callback=lambda *a: seen.append(a))
+    inside = sgld(log_p_x(f), randn(5, 6, dtype=torch.float64), 3, 0.1, 0.5, clamp=(0, 0.5),
+                  callback=lambda *a: seen.append(a))
     assert inside.min() == 0 and inside.max() == 0.5 and len(seen) == 3
 
 
