@@ -372,8 +372,8 @@ def save_checkpoint(args, model, optimizer, epoch, seconds, **more):
 def check_loss(loss, args):
     """Stop at a loss that is not finite or explodes, before it reaches a checkpoint."""
     if not abs(loss) < 1e8:
-        fail(f"training diverged (loss {loss}). {args.out} keeps the last good checkpoint, if there was one; "
-             "a smaller --lr with another --out, or another --seed, may do better", code=1)
+        fail(f"training diverged (loss {loss}). {args.out} keeps the last good checkpoint, if there was one: "
+             "--eval-only samples from it; a smaller --lr or another --seed needs another --out", code=1)
 
 
 # ================================================================ block: flags

@@ -26,10 +26,12 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import binary_at_ebm  # noqa: E402
 import cem_sup  # noqa: E402
 import cem_unsup  # noqa: E402
+import jeat  # noqa: E402
 import metrics  # noqa: E402
-from samplers import ascend, cross_entropy, entropy, eval_mode, to_float  # noqa: E402
+from samplers import ReplayBuffer, ascend, cross_entropy, entropy, eval_mode, logit, to_float  # noqa: E402
 
 # images, seeds: batches of training and sampling, on CUDA the scripts' own; attack, sample: steps measured;
 # scored: images through Inception; features, logits: of FID and IS (in full 2048 and 50000)
@@ -262,6 +264,129 @@ def cem_unsup_rows(b, arch):
                      steps=b.sample, whole=whole)]
 
 
+# ---------------------------------------------------------------- jeat
+
+
+def jeat_rows(b, arch):
+    """Training step (one attack step, K of SGLD) and an SGLD chain of the sampler, at the script's own sizes."""
+    args = jeat.parse_args(["--device", b.device, "--arch", arch])
+    f = jeat.make_model(arch).to(b.device, memory_format=torch.channels_last)
+    f_plain = jeat.make_model(arch).to(b.device)
+    optimizer = torch.optim.Adam(f.parameters(), args.lr)
+    optimizer_plain = torch.optim.Adam(f_plain.parameters(), args.lr)
+    n = args.batch_size if b.cuda else b.images
+    images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, device=b.device)
+    x, x_0 = to_float(images), torch.rand(b.seeds, 3, 32, 32, device=b.device)
+    y, y_0 = (torch.arange(m, device=b.device) % 10 for m in (n, b.seeds))
+    K, whole, eps = args.sgld_steps, args.sample_steps, args.attack_eps
+    buffer = ReplayBuffer(max(n, args.buffer_size if b.cuda else n), (3, 32, 32), device=b.device)
+    chains = torch.rand(len(buffer.x), 3, 32, 32, device=b.device)
+    autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=args.amp)
+
+    def train():  # the body of jeat.train
+        f.train()
+        x = jeat.crop_flip(to_float(images), mode="reflect")
+        x = (x + 0.015 * torch.randn_like(x)).clamp(0, 1)
+        with autocast():
+            loss, _ = jeat.jeat_loss(f, x, y, buffer, sgld_steps=K)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def plain_sgld(energy, x, steps):
+        for _ in range(steps):
+            x = x.detach().requires_grad_()
+            energy(x).sum().backward()  # accumulates the parameters' gradients as well
+            x = x - 0.25 * x.grad + 0.005 * torch.randn_like(x)
+        return x.detach()
+
+    def e_xy(x, y):
+        return jeat.joint_energy(f_plain(x), y)
+
+    def train_plain():
+        x_adv = (x + eps * (2 * torch.rand_like(x) - 1)).requires_grad_()
+        e_xy(x_adv, y).sum().backward()
+        x_adv = (x + (x_adv.detach() + eps * x_adv.grad.sign() - x).clamp(-eps, eps)).clamp(0, 1)
+        idx = torch.randperm(len(chains))[:n]
+        fresh = (torch.rand(n) < 0.05).to(x.device).view(-1, 1, 1, 1)
+        x_k = torch.where(fresh, torch.rand_like(x), chains[idx])
+        chains[idx] = x_k = plain_sgld(lambda x: jeat.energy(f_plain(x)), x_k, K)
+        logits = f_plain(x_adv)
+        loss = F.cross_entropy(logits, y) + jeat.energy(logits).mean() - jeat.energy(f_plain(x_k)).mean()
+        optimizer_plain.zero_grad()
+        loss.backward()
+        optimizer_plain.step()
+
+    def sample():
+        with autocast():
+            jeat.sample(f, x_0, y_0, b.sample)
+
+    def sample_plain():
+        plain_sgld(lambda x: e_xy(x, y_0), x_0, b.sample)
+
+    forward = forward_flops(f.eval(), x)
+    return [*compare(b, f"jeat training, K = {K}, {arch}", n, train, train_plain, forward=forward,
+                     steps=1 + K, passes=6),
+            *compare(b, f"jeat sampling SGLD-{whole}, {arch}", b.seeds, sample, sample_plain,
+                     forward=forward, steps=b.sample, whole=whole)]
+
+
+# ---------------------------------------------------------------- binary_at_ebm
+
+
+def binary_at_ebm_rows(b, arch):
+    """A training iteration at the last K, and a chain, with the script's defaults."""
+    args = binary_at_ebm.parse_args(["--device", b.device, "--arch", arch])
+    f = binary_at_ebm.make_model(arch).to(b.device, memory_format=torch.channels_last)
+    f_plain = binary_at_ebm.make_model(arch).to(b.device)
+    adam = partial(torch.optim.Adam, lr=args.lr, betas=(0.0, 0.99))
+    optimizer, optimizer_plain = adam(f.parameters()), adam(f_plain.parameters())
+    n = args.batch_size if b.cuda else b.images
+    images, others = torch.randint(256, (2, n, 3, 32, 32), dtype=torch.uint8, device=b.device)
+    x, x_0, seeds = to_float(images), to_float(others), torch.rand(b.seeds, 3, 32, 32, device=b.device)
+    whole, step_size = args.sample_steps, args.attack_step_size
+    # on a CPU K = 25 would take minutes: as many steps as the other rows' attacks, a fifth of them down
+    K, J = (args.max_steps, args.positive_steps) if b.cuda else (b.attack, 1)
+
+    def autocast():
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
+
+    def train():  # the body of binary_at_ebm.train
+        x, x_0 = (binary_at_ebm.crop_flip(to_float(i)) for i in (images, others))
+        with autocast():
+            x_pos, x_neg = binary_at_ebm.adversaries(f, x, x_0, K, J, step_size, step_size)
+        loss, f_pos, f_neg = binary_at_ebm.at_ebm_loss(f, x_pos, x_neg)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        torch.stack([loss.detach(), binary_at_ebm.auc(f_pos, f_neg)]).tolist()
+
+    def train_plain():
+        x_neg = plain_steps(lambda x: f_plain(x).sum(), x_0, K, step_size, 1e9)
+        x_pos = plain_steps(lambda x: -f_plain(x).sum(), x, J, step_size, 1e9).requires_grad_()
+        f_pos, f_neg = f_plain(x_pos), f_plain(x_neg)
+        g, = torch.autograd.grad(f_pos.sum(), x_pos, create_graph=True)
+        labels = torch.cat([torch.ones_like(f_pos), torch.zeros_like(f_neg)])
+        loss = F.binary_cross_entropy_with_logits(torch.cat([f_pos, f_neg]), labels)
+        loss = loss + 0.01 * 0.5 * g.flatten(1).square().sum(1).mean()
+        optimizer_plain.zero_grad()
+        loss.backward()
+        optimizer_plain.step()
+
+    def sample():
+        with autocast():
+            ascend(logit(f), seeds, b.sample, args.sample_step_size)
+
+    def sample_plain():
+        plain_steps(lambda x: f_plain(x).sum(), seeds, b.sample, args.sample_step_size, 1e9)
+
+    forward = forward_flops(f, x)
+    return [*compare(b, f"binary_at_ebm iteration K = {K}, J = {J}, {arch}", n, train, train_plain,
+                     forward=forward, steps=K + J, passes=9.3),
+            *compare(b, f"binary_at_ebm sampling {whole}, {arch}", b.seeds, sample, sample_plain,
+                     forward=forward, steps=b.sample, whole=whole)]
+
+
 # ---------------------------------------------------------------- metrics
 
 
@@ -316,8 +441,9 @@ def main(argv=None):
     b = SimpleNamespace(device=args.device, cuda=cuda, **sizes)
     torch.manual_seed(0)
     b.matmul_rate = matmul_rate(b)
-    rows = [row for arch in ("resnet18", "resnet50")[:1 + cuda] for rows in (cem_sup_rows, cem_unsup_rows)
-            for row in rows(b, arch)]
+    resnets, wrn = ("resnet18", "resnet50")[:1 + cuda], ("wrn-28-10" if cuda else "wrn-10-2",)
+    tasks = {cem_sup_rows: resnets, cem_unsup_rows: resnets, jeat_rows: wrn, binary_at_ebm_rows: resnets[-1:]}
+    rows = [row for measure_rows, archs in tasks.items() for arch in archs for row in measure_rows(b, arch)]
     rows += metrics_rows(b)
     about = dict(device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
                  threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,

@@ -51,8 +51,9 @@ def cem_sup_smoke(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cem_sup_twin(tmp_path_factory):
-    """The unattacked twin: the same net, data and updates, without the attack."""
-    return smoke("cem_sup", tmp_path_factory.mktemp("cem_sup") / "twin", "--attack-steps", 0)
+    """The unattacked twin: the same net, data and updates, without the attack; of its samples only a few."""
+    return smoke("cem_sup", tmp_path_factory.mktemp("cem_sup") / "twin", "--attack-steps", 0, "--sampler", "ta",
+                 "--sample-steps", 0, "--limit-test", 50)
 
 
 def train_judge(seed=100, epochs=8):
@@ -92,3 +93,34 @@ def cem_unsup_twin(tmp_path_factory):
     """The same net, data and updates, without the attack; of its samples only a few: the tests draw their own."""
     return smoke("cem_unsup", tmp_path_factory.mktemp("cem_unsup") / "twin", "--attack-steps", 0,
                  "--sampler", "maxent", "--start", "pooled", "--sample-steps", 0, "--limit-test", 50)
+
+
+@pytest.fixture(scope="session")
+def binary_at_ebm_smoke(tmp_path_factory):
+    return smoke("binary_at_ebm", tmp_path_factory.mktemp("binary_at_ebm") / "run")
+
+
+@pytest.fixture(scope="session")
+def binary_at_ebm_control(tmp_path_factory):
+    """The same net, data and updates at K = 0: p_0's images as they are; of its samples only a few."""
+    return smoke("binary_at_ebm", tmp_path_factory.mktemp("binary_at_ebm") / "control", "--attack-steps", 0,
+                 "--sampler", "ascent", "--num-samples", 10, "--ood-sets")
+
+
+def jeat_classifier(out):
+    import jeat
+    f = jeat.make_model("small")
+    f.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
+    return f.eval()
+
+
+@pytest.fixture(scope="session")
+def jeat_smoke(tmp_path_factory):
+    return smoke("jeat", tmp_path_factory.mktemp("jeat") / "run")
+
+
+@pytest.fixture(scope="session")
+def jeat_twin(tmp_path_factory):
+    """The unattacked twin: the same net, data and updates, without attack and p(x); of its samples only a few."""
+    return smoke("jeat", tmp_path_factory.mktemp("jeat") / "twin", "--method", "at", "--attack-steps", 0,
+                 "--sampler", "noise", "--sample-steps", 0)

@@ -9,9 +9,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import binary_at_ebm
 import cem_sup
 import cem_unsup
-from samplers import cross_entropy, entropy, eval_mode, langevin, log_p_x, sgld, worst_case
+import jeat
+from samplers import (ReplayBuffer, cross_entropy, entropy, eval_mode, fit_gaussians, langevin, log_p_x, logit, sgld,
+                      to_uint8, worst_case)
 
 
 class Count(TorchDispatchMode):
@@ -60,18 +63,34 @@ def cem_unsup_step(g, x, K, views="one"):
     cem_unsup.cem_loss(g, x, x.flip(3), views=views, steps=K).backward()
 
 
+def jeat_step(f, x, K, buffer=True):
+    buffer = ReplayBuffer(20, x.shape[1:]) if buffer else None
+    jeat.jeat_loss(f, x, torch.arange(len(x)) % 10, buffer, steps=1, sgld_steps=K)[0].backward()
+
+
+def binary_at_ebm_step(f, x, K):
+    x_pos, x_neg = binary_at_ebm.adversaries(f, x, x.flip(3), K=K, J=2)
+    loss, f_pos, f_neg = binary_at_ebm.at_ebm_loss(f, x_pos, x_neg)
+    loss.backward()
+    binary_at_ebm.auc(f_pos, f_neg)
+
+
 # a training step with K attack steps; per image and in forwards of one image: its operations, and how many of the
 # training pass's forwards are of images (whose gradient, at the stem, is not computed)
 STEPS = {"cem_sup": (cem_sup, cem_sup_step, lambda K: 2 * K + 3, 1),
          "cem_unsup, one view": (cem_unsup, cem_unsup_step, lambda K: 2 * K + 7, 2),
-         "cem_unsup, both views": (cem_unsup, partial(cem_unsup_step, views="both"), lambda K: 4 * K + 6, 2)}
+         "cem_unsup, both views": (cem_unsup, partial(cem_unsup_step, views="both"), lambda K: 4 * K + 6, 2),
+         "jeat": (jeat, jeat_step, lambda K: 2 + 2 * K + 6, 2),
+         "prejeat": (jeat, partial(jeat_step, buffer=False), lambda K: 2 + 3, 1),
+         "binary_at_ebm": (binary_at_ebm, binary_at_ebm_step, lambda K: 2 * K + 2 * 2 + 9.3, 0)}
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_operations_of_a_training_step(name, images):
     """The attack does not compute the parameters' gradients (3 forwards a step instead of 2); no forward is wasted."""
     script, step, expected, passes = STEPS[name]
-    f = script.make_model("small").train()
+    arch, images = ("resnet50", images[:1]) if name == "binary_at_ebm" else ("small", images)
+    f = script.make_model(arch).train()  # R1's part, 9.3 - 6, depends on the net
     forward = forward_operations(f, images)
     stem = forward_operations(next(m for m in f.modules() if isinstance(m, nn.Conv2d)), images) / forward
     for K in (0, 1, 4):
@@ -92,7 +111,7 @@ def test_a_training_step_does_not_wait(name, images, monkeypatch):
 def test_augmentation_does_not_wait(images, monkeypatch):
     with counting(monkeypatch) as count:
         cem_sup.crop_flip(images)
-        cem_sup.to_uint8(images)
+        to_uint8(images)
         orders = torch.randperm(4).tolist()  # of the colour changes: on the CPU
         own = count.waits
         cem_unsup.augment(images)
@@ -109,6 +128,7 @@ def test_samplers_do_not_wait(images, monkeypatch):
             cem_unsup.sample(name, g, images, steps=2)
         with eval_mode(f):
             sgld(log_p_x(f), images, 2, 0.25, 0.005)
+            jeat.sample(f, images, y, steps=2)
             langevin(log_p_x(f), images, 2, 0.1)
             worst_case(cross_entropy(f, y), images, 2, 0.1, eps=0.5, restarts=2, norm="linf")
     assert count.waits == 0
