@@ -136,12 +136,12 @@ def parse_args(argv):
     training("--auc-threshold", **real, help="of the gate; %(default)s")
     training("--auc-window", **count, help="iterations, of the gate; %(default)s")
     training("--epochs-per-step", **count, help="at most, at each K but the last; %(default)s")
-    attack("--positive-steps", **count, help="J, of the attack on p_data; %(default)s")
+    attack("--positive-steps", **count, help="J, of the attack on p_data, in the control too; %(default)s")
     attack("--positive-eps", **real, help="radius of the attack on p_data, or inf; %(default)s")
     sampling("--translate-from", **label, help="start from this class's test images, too")
     evaluation("--ood-sets", nargs="*", metavar="SET", help="as --p0, or svhn (downloaded); %(default)s")
     evaluation("--ood-images", **count, help="of each set; %(default)s")
-    evaluation("--ood-eps", **real, help="radius of the worst case; %(default)s")
+    evaluation("--ood-eps", **real, help="radius of the worst case, in --norm; %(default)s")
     evaluation("--ood-steps", **count, help="of 2.5 eps / N, five times; %(default)s")
     parser.set_defaults(  # [official]
         mode="generation", arch="resnet50", lr=(5e-4, 0.1), batch_size=(32, 128),
@@ -149,13 +149,13 @@ def parse_args(argv):
         attack_steps=(None, 20), attack_eps=(INF, 0.5), positive_steps=(5, 10), positive_eps=(INF, 0.25),
         start="p0", sample_norm="l2", sample_steps=32, sample_step_size=0.2, sample_eps=INF, sample_noise=0.0,
         ood_images=1024, ood_eps=1.0, ood_steps=100,  # there with APGD
-        epochs=(200, 100), num_samples=(50000, 1000), sample_batch_size=500,  # [assumed, but for the 100]
+        epochs=(200, 100), num_samples=50000, sample_batch_size=500,  # [assumed, but for the 100]
         p0="cifar100", ood_sets=["svhn", "cifar100", "noise"])  # [our substitution]; there ImageNet-32 too
     args = parse_common(parser, argv, SAMPLERS, SMOKE)
     vars(args).update({k: v[args.mode == "ood"] for k, v in vars(args).items() if isinstance(v, tuple)})
     FREE_FLAGS.update(("translate_from", "ood_sets", *OOD_FLAGS))
-    if args.ood_images == 0 or args.ood_eps == INF:
-        fail("--ood-images must be > 0, --ood-eps finite")
+    if 0 in (args.ood_images, args.auc_window) or args.ood_eps == INF:
+        fail("--ood-images and --auc-window must be > 0, --ood-eps finite")
     if args.translate_from is None:
         args.sampler = [s for s in args.sampler if s != "translation"]
     return args
@@ -163,13 +163,13 @@ def parse_args(argv):
 
 def load_set(name, args, rest, train=False):
     """uint8 [N, 3, 32, 32]: the train or test images of a set, or a .npy's. Any exception: not to be had."""
-    if name == "rest" and len(rest) == 0:
-        raise ValueError("no images outside --classes")
     if name == "rest":
-        return rest
+        if len(rest):
+            return rest
+        raise ValueError("no images outside --classes")
     if name == "noise":
         g = torch.Generator().manual_seed(args.seed + train)
-        return torch.randint(256, (10000, 3, 32, 32), generator=g, dtype=torch.uint8)
+        return torch.randint(256, (50000 if train else 10000, 3, 32, 32), generator=g, dtype=torch.uint8)
     if name not in ("svhn", "cifar100"):
         x = np.load(name)
     elif args.smoke:
@@ -182,7 +182,7 @@ def load_set(name, args, rest, train=False):
                 args.data, "train" if train else "test", download=True).data.transpose(0, 2, 3, 1))
         finally:
             socket.setdefaulttimeout(None)
-    if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3) or len(x) == 0:
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3) or len(x) == 0:
         raise ValueError("not uint8 [N, 32, 32, 3]")
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
@@ -268,15 +268,15 @@ def detect(name, f, x_data, rest, args):
         return {"skipped": str(e)}
     torch.manual_seed(args.seed)
     x = to_float(x[torch.randperm(len(x))[:args.ood_images].to(x.device)].to(x_data.device))
-    worst, begun, step_size = [], time.time(), 2.5 * args.ood_eps / max(args.ood_steps, 1)
-    for b in x.split(256):
+    worst, begun, step_size = [], time.time(), 2.5 * args.ood_eps / max(args.ood_steps, 1)  # ours
+    for b in x.split(256):  # [official], there by APGD
         worst.append(worst_case(logit(f), b, args.ood_steps, step_size, eps=args.ood_eps, restarts=5,
-                                norm=args.norm)[1])  # [official], there with APGD
+                                norm=args.norm)[1])
         progress(f"outliers, {name}", begun, len(x), sum(map(len, worst)))
     f_data, clean = scores(f, x_data), scores(f, x)
     worst = torch.cat(worst).maximum(clean)  # the last digits depend on the batch
     return {"n": len(x), "auroc": auc(f_data, clean).item(), "auroc_worst": auc(f_data, worst).item(),
-            "seen_in_p0": name == args.p0}
+            "eps": args.ood_eps, "steps": args.ood_steps, "seen_in_p0": Path(name) == Path(args.p0)}
 
 
 def run(args):
@@ -286,9 +286,9 @@ def run(args):
         fail("a translation needs --translate-from, and --classes without that class")
     x_train, y_train, x_test, y_test = load_data(args, device)
     source = x_test[y_test == args.translate_from][:args.num_samples]
-    train_in, test_in = (torch.isin(y, torch.tensor(classes, device=device)) for y in (y_train, y_test))
-    x_train, rest_train, x_test, rest_test = (x_train[train_in], x_train[~train_in],
-                                              x_test[test_in], x_test[~test_in])
+    own = torch.tensor(classes, device=device)
+    (x_train, rest_train), (x_test, rest_test) = ((x[i], x[~i]) for x, i in (
+        (x_train, torch.isin(y_train, own)), (x_test, torch.isin(y_test, own))))
     try:
         p_0 = load_set(args.p0, args, rest_train, train=True).to(device)
     except Exception as e:
@@ -302,7 +302,7 @@ def run(args):
 
     def spread(n):  # n images from all over p_0, in its order
         return p_0[torch.arange(n, device=device) * len(p_0) // n]
-    x_0 = to_float(spread(250))  # attacked as in training
+    x_0, results["K"] = to_float(spread(250)), K  # attacked with training's K, here in float32
     x_k = ascend(logit(f), x_0, K, args.attack_step_size, eps=args.attack_eps, norm=args.norm)
     energies = {"data": x_test, "p0": x_0, "p0_attacked": x_k}
     results["energy"] = {name: quantiles(f, x) for name, x in energies.items()}
@@ -311,9 +311,9 @@ def run(args):
         once(results, args, "samples", name, [*SAMPLING_FLAGS, "translate_from"],
              lambda: write_samples(name, f, starts[name], args))
     for name in args.ood_sets:
+        if "skipped" in results["ood"].get(name, ()):  # it may be at hand this time
+            results["done"].pop(f"ood {name}", None)
         once(results, args, "ood", name, OOD_FLAGS, lambda: detect(name, f, x_test, rest_test, args))
-        if "skipped" in results["ood"][name]:
-            results["done"].pop(f"ood {name}")  # it may be at hand another time
     score_samples(results, args, args.sampler)
     print(f"{args.out}/results.json: K {K}, ood {results['ood']}")
 

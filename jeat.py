@@ -197,7 +197,7 @@ def quantiles(e):
 @torch.no_grad()
 def flatness(f, x, y, args):
     """The energy around images x [N, 3, 32, 32] in [0, 1], labels y: E(x + r u, y), unclamped, along a random
-    unit u; drift, the mean l2 distance that 200 steps of free SGLD go; .05 .25 .5 .75 .95 quantiles of E(x)."""
+    unit u; drift, the mean l2 distance of 200 free SGLD steps; .05 .25 .5 .75 .95 quantiles of E(x)."""
     generator, radii = torch.Generator(x.device).manual_seed(args.seed), [0, .25, .5, 1, 2, 4, 8, 16]
     u = steepest(torch.randn(x.shape, generator=generator, device=x.device), "l2")
     with eval_mode(f):

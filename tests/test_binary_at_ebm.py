@@ -527,6 +527,24 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     assert np.load(tmp_path / "samples_translation.npz")["arr_0"].shape == (7, 32, 32, 3)
 
 
+def test_sampling_takes_its_flags_and_p0_is_of_the_train_split(tmp_path, monkeypatch):
+    calls, sets, x_0s = [], [], []
+    ascend, load_set, adversaries = binary_at_ebm.ascend, binary_at_ebm.load_set, binary_at_ebm.adversaries
+
+    def record_attack(f, x, x_0, *numbers):
+        x_0s.append(x_0)
+        return adversaries(f, x, x_0, *numbers)
+    monkeypatch.setattr(binary_at_ebm, "ascend", lambda *a, **kw: calls.append((a[2:], kw)) or ascend(*a, **kw))
+    monkeypatch.setattr(binary_at_ebm, "load_set", lambda *a, **kw: sets.append((a[0], kw)) or load_set(*a, **kw))
+    monkeypatch.setattr(binary_at_ebm, "adversaries", record_attack)
+    binary_at_ebm.main([*TINY, "--out", str(tmp_path), "--epochs", "1", "--sampler", "ascent", "--p0", "noise",
+                        "--ood-sets", "rest", "--sample-steps", "3", "--sample-step-size", "0.3", "--sample-eps", "0.7",
+                        "--sample-norm", "linf", "--sample-noise", "0.01"])
+    assert ((3, 0.3), dict(eps=0.7, norm="linf", noise=0.01)) in calls
+    assert sets == [("noise", {"train": True}), ("rest", {})]
+    assert len(x_0s) > 1 and not torch.equal(x_0s[0], x_0s[1])  # drawn anew at each iteration
+
+
 def test_starts_are_p0s_images_from_all_over_it(tmp_path):
     binary_at_ebm.main([*TINY, "--out", str(tmp_path), "--epochs", "1", "--sample-steps", "0", "--num-samples", "600",
                         "--sampler", "ascent", "--ood-sets"])

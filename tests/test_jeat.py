@@ -262,6 +262,7 @@ def test_jeat_learns_a_flat_energy_that_samples(jeat_smoke, jeat_twin, judge):
     assert abs(figures["E(x_adv) - E(x_K), last epoch"]) < 1.5
     assert abs(figures["E(data) - E(buffer), end"]) < 0.15 * abs(figures["E(data) - E(noise), end"])
     assert figures["jeat drift"] < 0.5 * figures["twin drift"]
+    assert figures["jeat change at 2"] < 0.5 * figures["twin change at 2"]
     assert figures["jeat l2"] >= 0.6 and figures["jeat l2"] > figures["twin l2"] + 0.1
 
 
@@ -360,6 +361,12 @@ def test_samples_are_those_of_the_energies(tmp_path):
         with torch.no_grad():
             by_hand = np.quantile(energy(f(x_k)), [.05, .25, .5, .75, .95])
         np.testing.assert_allclose(results_of(tmp_path)["samples"][name]["e_x"], by_hand, atol=1e-3)
+    jeat.main([*TINY, "--out", str(tmp_path), "--sampler", "noise", "--sample-steps", "4", "--sample-noise", "0",
+               "--sample-norm", "l2", "--sample-step-size", "0.7", "--sample-eps", "1.5"])
+    x_k = jeat.sample(f, noise, y, 4, step_size=0.7, eps=1.5, norm="l2", noise=0.0)
+    written = torch.from_numpy(np.load(tmp_path / "samples_noise.npz")["arr_0"]).permute(0, 3, 1, 2)
+    assert (written.int() - to_uint8(x_k).int()).abs().max() <= 1
+    assert (x_k - noise).flatten(1).norm(dim=1).max() < 1.5 + 1e-4
 
 
 # ---------------------------------------------------------------- resume
@@ -438,6 +445,16 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, m
         line = error(capsys, *flags, "--epochs", 3, "--out", tmp_path, code=1)
         assert "diverged" in line and "last good checkpoint" in line and "smaller --lr" in line
         assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    calls = []
+
+    def the_last_explodes(f, x, y, *flags):  # by far too little for the epoch's mean
+        calls.append(x)
+        values = [1.0, 1.0, 1e9, 1e9] if len(calls) == 30 else [1.0] * 4
+        return (f(x) * 0).sum() + values[0], [torch.tensor(v) for v in values[1:]]
+    monkeypatch.setattr(jeat, "jeat_loss", the_last_explodes)
+    args = ["--epochs", 1, "--batch-size", 4, "--limit-train", 120, "--buffer-size", 40]
+    assert "diverged" in error(capsys, *flags, *args, "--out", tmp_path / "late", code=1)
+    assert len(calls) == 30 and not (tmp_path / "late" / "checkpoint.pt").exists()
     monkeypatch.undo()
     jeat.main([*map(str, flags), "--epochs", "3", "--out", str(tmp_path)])  # from which one goes on
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 3
@@ -491,9 +508,9 @@ def test_unusable_out(tmp_path, capsys):
 
 @pytest.mark.data
 def test_real_data(tmp_path):
-    run_script("jeat", "--data", os.environ["CIFAR10_ROOT"], "--out", tmp_path, "--arch", "small", "--epochs", 4,
+    run_script("jeat", "--data", os.environ["CIFAR10_ROOT"], "--out", tmp_path, "--arch", "small", "--epochs", 5,
                "--limit-train", 256, "--limit-test", 64, "--num-samples", 20, "--sample-steps", 3, "--device", "cpu",
-               "--batch-size", 32, "--lr", 0.002, "--buffer-size", 100, "--sgld-steps", 5)
+               "--batch-size", 32, "--lr", 0.0005, "--buffer-size", 100, "--sgld-steps", 5)
     epochs, results = epochs_of(tmp_path), results_of(tmp_path)
     assert epochs[-1]["ce"] < epochs[0]["ce"]
     assert results["accuracy"]["pgd20"] <= results["accuracy"]["clean"]
