@@ -11,7 +11,7 @@ Yin, Li, Rohde: Learning Energy-Based Models With Adversarial Training, ECCV 202
   python binary_at_ebm.py                      generation: CIFAR-10, p_0 = CIFAR-100, both downloaded
   python binary_at_ebm.py --mode ood           eps-balls and a fixed K, for the detection of outliers
   python binary_at_ebm.py --classes 3 --p0 rest --translate-from 5       a model of cats; dogs become cats
-  python binary_at_ebm.py --smoke              everything, small, on drawn classes, on a CPU
+  python binary_at_ebm.py --smoke              everything, small, on drawn classes: 35 s on two CPU cores
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{ascent,translation}.{png,npz} to --out; started again,
 it goes on. Defaults: [official] xuwangyin/AT-EBMs, whose p_0, 80M Tiny Images, is withdrawn: CIFAR-100 is

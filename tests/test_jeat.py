@@ -258,12 +258,12 @@ def test_jeat_learns_a_flat_energy_that_samples(jeat_smoke, jeat_twin, judge):
     figures = learning(judge, jeat_smoke.out, jeat_twin.out)
     print(json.dumps(figures))
     assert figures["seeds"] < 0.2
-    assert figures["twin pgd20"] < figures["jeat pgd20"] - 0.2
+    assert figures["twin pgd20"] < figures["jeat pgd20"] - 0.1
     assert abs(figures["E(x_adv) - E(x_K), last epoch"]) < 1.5
     assert abs(figures["E(data) - E(buffer), end"]) < 0.15 * abs(figures["E(data) - E(noise), end"])
     assert figures["jeat drift"] < 0.5 * figures["twin drift"]
     assert figures["jeat change at 2"] < 0.5 * figures["twin change at 2"]
-    assert figures["jeat l2"] >= 0.6 and figures["jeat l2"] > figures["twin l2"] + 0.1
+    assert figures["jeat l2"] >= 0.6 and figures["jeat l2"] > figures["twin l2"] + 0.05
 
 
 @pytest.mark.slow
