@@ -11,7 +11,7 @@ Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, with the classifier'
 
   python cem_sup.py                              the paper's net, on CIFAR-10 (downloaded): ResNet-50, l2 0.5
   python cem_sup.py --arch resnet18 --epochs 30
-  python cem_sup.py --smoke                      everything, small, on drawn classes: 29 to 52 s on two CPU cores
+  python cem_sup.py --smoke                      small, on drawn classes, no data: 29 to 52 s on two CPU cores
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{ta,langevin,cs,rcs}.{png,npz} to --out; started again,
 it goes on. Sources of the defaults: [paper] the authors' slides; [robustness] MadryLab/robustness, on which

@@ -10,7 +10,7 @@ Adversarial Training, ICLR 2022. p(x, x') = exp f(x, x') / Z with f(x, x') = g(x
   PGD       raises NCE(x_i, seed_i) among the samples, as the attack does: they attract each other
 
   python cem_unsup.py                            the headline: ResNet-50 on CIFAR-10 (downloaded), l2 0.5
-  python cem_unsup.py --smoke                    everything, small, on drawn classes: 23 to 42 s on two CPU cores
+  python cem_unsup.py --smoke                    small, on drawn classes, no data: 23 to 42 s on two CPU cores
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{maxent,pgd}-{uncond,cond}.{png,npz} to --out; resumes.
 Sources: [paper] the slides: p(x, x'); [memory]: training, MaxEnt; [ACL] Jiang et al. 2020, its basis: |g| = 1

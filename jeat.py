@@ -9,7 +9,7 @@ With the logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k exp f(x)[k].
   sampling  SGLD down E(x, y) from a class's Gaussian or from noise, down E(x) from the buffer
 
   python jeat.py                                 the paper's net, on CIFAR-10 (downloaded): WRN-28-10
-  python jeat.py --smoke                         everything, small, on drawn classes: a minute on two CPU cores
+  python jeat.py --smoke                         small, on drawn classes, no data: a minute on two CPU cores
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{gaussian,noise,buffer}.{png,npz} to --out; resumes.
 Defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the code of Grathwohl et al.,
