@@ -300,13 +300,13 @@ def run(args):
     seconds, K = train(f, x_train, p_0, args, state)
     results = {"ood": {}} | open_results(args, seconds)
 
-    def spread(n):  # n images from all over p_0, in its order
-        return p_0[torch.arange(n, device=device) * len(p_0) // n]
-    x_0, results["K"] = to_float(spread(250)), K  # attacked with training's K, here in float32
+    order = torch.randperm(len(p_0), generator=torch.Generator().manual_seed(args.seed)).to(device)
+    starts = {"ascent": p_0[order[torch.arange(args.num_samples, device=device) % len(p_0)]],
+              "translation": source}
+    x_0, results["K"] = to_float(p_0[order[:250]]), K  # attacked with training's K, here in float32
     x_k = ascend(logit(f), x_0, K, args.attack_step_size, eps=args.attack_eps, norm=args.norm)
     energies = {"data": x_test, "p0": x_0, "p0_attacked": x_k}
     results["energy"] = {name: quantiles(f, x) for name, x in energies.items()}
-    starts = {"ascent": spread(args.num_samples), "translation": source}
     for name in args.sampler:
         once(results, args, "samples", name, [*SAMPLING_FLAGS, "translate_from"],
              lambda: write_samples(name, f, starts[name], args))

@@ -545,13 +545,15 @@ def test_sampling_takes_its_flags_and_p0_is_of_the_train_split(tmp_path, monkeyp
     assert len(x_0s) > 1 and not torch.equal(x_0s[0], x_0s[1])  # drawn anew at each iteration
 
 
-def test_starts_are_p0s_images_from_all_over_it(tmp_path):
+def test_starts_are_p0s_images_each_before_any_again(tmp_path):
     binary_at_ebm.main([*TINY, "--out", str(tmp_path), "--epochs", "1", "--sample-steps", "0", "--num-samples", "600",
                         "--sampler", "ascent", "--ood-sets"])
     images = np.load(tmp_path / "samples_ascent.npz")["arr_0"].reshape(600, -1)
     x, y = draw(2000, 0)
     rest = {v.permute(1, 2, 0).numpy().tobytes() for v in x[:640][y[:640] != 2]}
     assert len(rest) == 576 and {v.tobytes() for v in images} == rest
+    label = {v.permute(1, 2, 0).numpy().tobytes(): int(c) for v, c in zip(x[:640], y[:640])}
+    assert {label[v.tobytes()] for v in images[:60]} == set(range(10)) - {2}  # in random order
 
 
 # ---------------------------------------------------------------- bad input
