@@ -3,10 +3,11 @@ they are controls of the claims, no part of the methods."""
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait for a busy core sleep
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one core for the tests, one for the smoke runs
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -44,16 +45,11 @@ def classifier(out):
     return f.eval()
 
 
-@pytest.fixture(scope="session")
-def cem_sup_smoke(tmp_path_factory):
-    return smoke("cem_sup", tmp_path_factory.mktemp("cem_sup") / "run")
-
-
-@pytest.fixture(scope="session")
-def cem_sup_twin(tmp_path_factory):
-    """The unattacked twin: the same net, data and updates, without the attack; of its samples only a few."""
-    return smoke("cem_sup", tmp_path_factory.mktemp("cem_sup") / "twin", "--attack-steps", 0, "--sampler", "ta",
-                 "--sample-steps", 0, "--limit-test", 50)
+def jeat_classifier(out):
+    import jeat
+    f = jeat.make_model("small")
+    f.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
+    return f.eval()
 
 
 def train_judge(seed=100, epochs=8):
@@ -83,44 +79,38 @@ def judge():
     return train_judge()
 
 
-@pytest.fixture(scope="session")
-def cem_unsup_smoke(tmp_path_factory):
-    return smoke("cem_unsup", tmp_path_factory.mktemp("cem_unsup") / "run")
+# Twins and the control: the same net, data and updates without the attack; of their samples only a few.
+SMOKES = {
+    "cem_sup_smoke": ("cem_sup",),
+    "cem_sup_twin": ("cem_sup", "--attack-steps", 0, "--sampler", "ta", "--sample-steps", 0, "--limit-test", 50),
+    "cem_unsup_smoke": ("cem_unsup",),
+    "cem_unsup_twin": ("cem_unsup", "--attack-steps", 0, "--sampler", "maxent", "--start", "pooled",
+                       "--sample-steps", 0, "--limit-test", 50),
+    "jeat_smoke": ("jeat",),
+    "jeat_twin": ("jeat", "--method", "at", "--attack-steps", 0, "--sampler", "noise", "--sample-steps", 0),
+    "binary_at_ebm_smoke": ("binary_at_ebm",),
+    "binary_at_ebm_control": ("binary_at_ebm", "--attack-steps", 0, "--sampler", "ascent", "--num-samples", 10,
+                              "--ood-sets")}
 
 
-@pytest.fixture(scope="session")
-def cem_unsup_twin(tmp_path_factory):
-    """The same net, data and updates, without the attack; of its samples only a few: the tests draw their own."""
-    return smoke("cem_unsup", tmp_path_factory.mktemp("cem_unsup") / "twin", "--attack-steps", 0,
-                 "--sampler", "maxent", "--start", "pooled", "--sample-steps", 0, "--limit-test", 50)
+def pytest_collection_modifyitems(items):
+    """The tests that wait for smoke runs come last: meanwhile these go on beside the others."""
+    items.sort(key=lambda item: not SMOKES.keys().isdisjoint(item.fixturenames))
 
 
-@pytest.fixture(scope="session")
-def binary_at_ebm_smoke(tmp_path_factory):
-    return smoke("binary_at_ebm", tmp_path_factory.mktemp("binary_at_ebm") / "run")
+@pytest.fixture(scope="session", autouse=True)
+def smoke_runs(request, tmp_path_factory):
+    """The smoke runs that the session's tests need, one after the other in the background."""
+    needed = dict.fromkeys(n for item in request.session.items for n in item.fixturenames if n in SMOKES)
+    pool = ThreadPoolExecutor(1)
+    yield {name: pool.submit(smoke, SMOKES[name][0], tmp_path_factory.mktemp(name) / "run", *SMOKES[name][1:])
+           for name in needed}
+    pool.shutdown(cancel_futures=True)
 
 
-@pytest.fixture(scope="session")
-def binary_at_ebm_control(tmp_path_factory):
-    """The same net, data and updates at K = 0: p_0's images as they are; of its samples only a few."""
-    return smoke("binary_at_ebm", tmp_path_factory.mktemp("binary_at_ebm") / "control", "--attack-steps", 0,
-                 "--sampler", "ascent", "--num-samples", 10, "--ood-sets")
+def finished(name):
+    return pytest.fixture(scope="session", name=name)(lambda smoke_runs: smoke_runs[name].result())
 
 
-def jeat_classifier(out):
-    import jeat
-    f = jeat.make_model("small")
-    f.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
-    return f.eval()
-
-
-@pytest.fixture(scope="session")
-def jeat_smoke(tmp_path_factory):
-    return smoke("jeat", tmp_path_factory.mktemp("jeat") / "run")
-
-
-@pytest.fixture(scope="session")
-def jeat_twin(tmp_path_factory):
-    """The unattacked twin: the same net, data and updates, without attack and p(x); of its samples only a few."""
-    return smoke("jeat", tmp_path_factory.mktemp("jeat") / "twin", "--method", "at", "--attack-steps", 0,
-                 "--sampler", "noise", "--sample-steps", 0)
+for _name in SMOKES:
+    globals()[_name] = finished(_name)
