@@ -20,7 +20,8 @@ from PIL import Image
 import jeat
 from conftest import ROOT, jeat_classifier, run_script, train_judge
 from jeat import energy, jeat_loss, joint_energy
-from samplers import ReplayBuffer, accuracy, cross_entropy, fit_gaussians, joint_energy_score, to_float, to_uint8
+from samplers import (ReplayBuffer, accuracy, ascend, cross_entropy, fit_gaussians, joint_energy_score, log_p_x, sgld,
+                      to_float, to_uint8)
 
 TINY = ["--smoke", "--limit-train", "128", "--limit-test", "20", "--num-samples", "20", "--epochs", "2",
         "--sample-steps", "3", "--sgld-steps", "2", "--buffer-size", "40", "--device", "cpu"]
@@ -221,6 +222,27 @@ def test_flatness_figures(jeat_smoke):
         change = (joint_energy(f(x + 4 * u), y) - joint_energy(f(x), y)).abs().mean().item()
         assert abs(found["change"][found["radii"].index(4)] - change) < 1e-3
     assert found["e_x"]["sgld"][2] < found["e_x"]["clean"][2] and found["drift"] > 1
+
+
+def test_flatness_attacks_and_samples_the_images():
+    """Under PGD-20 at the training radius, and after 200 steps of SGLD up log p(x), both by hand."""
+    torch.manual_seed(0)
+    f, x, y = jeat.make_model("small"), torch.rand(8, 3, 32, 32), torch.arange(8)
+    for m in f.modules():  # livelier than at the start
+        if isinstance(m, torch.nn.Conv2d):
+            m.weight.data.mul_(2)
+    args = jeat.parse_args(["--smoke", "--seed", "3", "--attack-eps", "0.2"])
+    found, q = jeat.flatness(f, x, y, args), [.05, .25, .5, .75, .95]
+    x_adv = ascend(cross_entropy(f, y), x, 20, 0.05, eps=0.2, norm="linf")
+    generator = torch.Generator().manual_seed(3)
+    torch.randn(x.shape, generator=generator)  # the directions
+    x_k = sgld(log_p_x(f), x, 200, 0.25, 0.005, generator=generator)
+    with torch.no_grad():
+        e = {"clean": energy(f(x)), "pgd20": energy(f(x_adv)), "sgld": energy(f(x_k))}
+    assert len({round(v.median().item(), 4) for v in e.values()}) == 3
+    for name, v in e.items():
+        np.testing.assert_allclose(found["e_x"][name], np.quantile(v, q), atol=1e-4)
+    assert found["drift"] == pytest.approx((x_k - x).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
 
 
 def learning(judge, run, twin):

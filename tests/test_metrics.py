@@ -371,7 +371,6 @@ def test_evaluate_is_exact_inside_and_restores_everything(fails):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_equals_cpu_whatever_the_caller_set(net):
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = conv.fp32_precision, matmul.fp32_precision
@@ -485,7 +484,6 @@ def test_cifar_is_not_downloaded_over_a_damaged_copy(tmp_path, monkeypatch):
 
 
 @pytest.mark.data
-@pytest.mark.skipif("CIFAR10_ROOT" not in os.environ, reason="CIFAR10_ROOT is not set")
 def test_reference_of_real_images(tmp_path, monkeypatch):
     x = metrics._cifar10_train(os.environ["CIFAR10_ROOT"])
     assert x.shape == (50000, 3, 32, 32) and x.dtype == torch.uint8
