@@ -156,8 +156,8 @@ def parse_args(argv):
     FREE_FLAGS.update(("translate_from", "ood_sets", *OOD_FLAGS))
     if 0 in (args.ood_images, args.auc_window) or args.ood_eps == INF:
         fail("--ood-images and --auc-window must be > 0, --ood-eps finite")
-    if args.translate_from is None:
-        args.sampler = [s for s in args.sampler if s != "translation"]
+    if args.translate_from is None and "all" in parser.parse_args(argv).sampler:
+        args.sampler = ["ascent"]
     return args
 
 
@@ -282,7 +282,7 @@ def detect(name, f, x_data, rest, args):
 def run(args):
     state = open_out(args)
     device, classes = torch.device(args.device), args.classes or list(range(10))
-    if args.translate_from in classes or not args.sampler:
+    if args.translate_from in classes or args.translate_from is None and "translation" in args.sampler:
         fail("a translation needs --translate-from, and --classes without that class")
     x_train, y_train, x_test, y_test = load_data(args, device)
     source = x_test[y_test == args.translate_from][:args.num_samples]

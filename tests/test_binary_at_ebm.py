@@ -585,7 +585,8 @@ def test_wrong_flags(flags, words, capsys, tmp_path):
 def test_all_classes_leave_no_rest_and_no_source(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(binary_at_ebm.SMOKE, "classes", None)
     monkeypatch.setitem(binary_at_ebm.SMOKE, "translate_from", None)
-    assert "--translate-from" in error(capsys, "--smoke", "--out", tmp_path / "out", "--sampler", "translation")
+    for samplers in (["translation"], ["ascent", "translation"]):
+        assert "--translate-from" in error(capsys, "--smoke", "--out", tmp_path / "out", "--sampler", *samplers)
     assert "--p0 rest: no images outside --classes" in error(capsys, "--smoke", "--out", tmp_path / "out")
 
 
