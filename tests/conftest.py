@@ -39,6 +39,16 @@ def smoke(name, out, *flags):
     return SimpleNamespace(out=out, stdout=run_script(name, "--smoke", "--out", out, *flags).stdout)
 
 
+def error(script, capsys, *flags, code=2):
+    """The one line on standard error with which script.main(flags) ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        script.main(list(map(str, flags)))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == code and len(lines) == 1 and lines[0].startswith(f"{script.__name__}.py: error: ")
+    return lines[0]
+
+
 def classifier(out):
     f = cem_sup.make_model("small")
     f.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import nn
 from torchvision.models.resnet import resnet50
 
 import binary_at_ebm
+import conftest
 from binary_at_ebm import adversaries, at_ebm_loss, auc, gate, r1_penalty
 from cem_sup import draw
 from conftest import ROOT, run_script, train_judge
@@ -559,14 +561,7 @@ def test_starts_are_p0s_images_each_before_any_again(tmp_path):
 # ---------------------------------------------------------------- bad input
 
 
-def error(capsys, *flags, code=2):
-    """The one line on standard error with which the script ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        binary_at_ebm.main(list(map(str, flags)))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == code and len(lines) == 1 and lines[0].startswith("binary_at_ebm.py: error: ")
-    return lines[0]
+error = partial(conftest.error, binary_at_ebm)
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import cem_sup
+import conftest
 from conftest import ROOT, classifier, run_script, train_judge
 from samplers import accuracy, cross_entropy, fit_gaussians, to_float
 
@@ -351,14 +353,7 @@ def test_every_sampler_starts_from_the_same_seeds(tmp_path):
 # ---------------------------------------------------------------- bad input
 
 
-def error(capsys, *flags, code=2):
-    """The one line on standard error with which cem_sup.py ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        cem_sup.main(list(map(str, flags)))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == code and len(lines) == 1 and lines[0].startswith("cem_sup.py: error: ")
-    return lines[0]
+error = partial(conftest.error, cem_sup)
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -1,11 +1,9 @@
 """cem_unsup.py: its scores against loops, the attack, the views, MaxEnt on a circle; the smoke run and what it
 claims against controls; resume; bad input."""
-import argparse
 import copy
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from torch import nn
 from torchvision.transforms import RandomResizedCrop
 
 import cem_unsup
+import conftest
 from cem_unsup import batch_entropy, linear_probe, nt_xent
 from conftest import ROOT, run_script
 from samplers import accuracy, ascend, cross_entropy, entropy, eval_mode, fit_gaussians, info_nce
@@ -580,14 +579,7 @@ def test_batches_of_samples_are_equally_large(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- bad input
 
 
-def error(capsys, *flags, code=2):
-    """The one line on standard error with which cem_unsup.py ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        cem_unsup.main(list(map(str, flags)))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == code and len(lines) == 1 and lines[0].startswith("cem_unsup.py: error: ")
-    return lines[0]
+error = partial(conftest.error, cem_unsup)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -603,32 +595,11 @@ def test_wrong_flags(flags, words, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_data_and_no_network(tmp_path):
-    nowhere = {k: "http://127.0.0.1:9" for k in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-    done = run_script("cem_unsup", "--data", tmp_path / "data", "--out", tmp_path / "out", env=nowhere, check=False)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and not (tmp_path / "out").exists()
-    assert "--data" in lines[0] and "--smoke" in lines[0]
-
-
-def test_unusable_out(tmp_path, capsys):
-    cem_unsup.main([*TINY, "--out", str(tmp_path / "run"), "--sample-steps", "0"])
-    good, out = tmp_path / "run", tmp_path / "copy"
-
-    def copied():
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(good, out)
-        return out / "checkpoint.pt"
-    assert "temperature was 0.5, is 0.2" in error(capsys, *TINY, "--out", copied().parent, "--temperature", 0.2)
-    assert "attack_views was one, is both" in error(capsys, *TINY, "--out", out, "--attack-views", "both")
-    checkpoint = copied()
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert "damaged or foreign" in error(capsys, *TINY, "--out", out)
-    torch.save({**torch.load(good / "checkpoint.pt", weights_only=True), "script": "cem_sup"}, checkpoint)
-    assert "cem_sup.py" in error(capsys, *TINY, "--out", out)
-    torch.save(argparse.Namespace(epoch=1), checkpoint)  # a pickle is not loaded
-    assert "damaged or foreign" in error(capsys, *TINY, "--out", out)
-    assert "no checkpoint" in error(capsys, "--eval-only", "--out", tmp_path / "nothing")
+def test_training_flags_of_another_run_are_refused(tmp_path, capsys):
+    """The rest of what can be wrong with --out is in a block, and tested with cem_sup."""
+    cem_unsup.main([*TINY, "--out", str(tmp_path), "--sample-steps", "0"])
+    assert "temperature was 0.5, is 0.2" in error(capsys, *TINY, "--out", tmp_path, "--temperature", 0.2)
+    assert "attack_views was one, is both" in error(capsys, *TINY, "--out", tmp_path, "--attack-views", "both")
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):

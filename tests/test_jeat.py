@@ -1,14 +1,13 @@
 """jeat.py: the loss and its pieces, the attack, the negatives, the net; the smoke run and its claims against controls;
 resume with the replay buffer; divergence; bad input."""
-import argparse
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import conftest
 import jeat
 from conftest import ROOT, jeat_classifier, run_script, train_judge
 from jeat import energy, jeat_loss, joint_energy
@@ -446,14 +446,7 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
 # ---------------------------------------------------------------- divergence, bad input
 
 
-def error(capsys, *flags, code=2):
-    """The one line on standard error with which jeat.py ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        jeat.main(list(map(str, flags)))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == code and len(lines) == 1 and lines[0].startswith("jeat.py: error: ")
-    return lines[0]
+error = partial(conftest.error, jeat)
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
@@ -499,30 +492,13 @@ def test_wrong_flags(flags, words, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_data_and_no_network(tmp_path):
-    nowhere = {k: "http://127.0.0.1:9" for k in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-    done = run_script("jeat", "--data", tmp_path / "data", "--out", tmp_path / "out", env=nowhere, check=False)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and not (tmp_path / "out").exists()
-    assert "--data" in lines[0] and "--smoke" in lines[0]
-
-
-def test_unusable_out(tmp_path, capsys):
-    good, out = tmp_path / "run", tmp_path / "copy"
+def test_training_flags_of_another_run_are_refused(tmp_path, capsys):
+    """The rest of what can be wrong with --out is in a block, and tested with cem_sup."""
     flags = [*TINY, "--sampler", "noise", "--epochs", 1]
-    jeat.main([*map(str, flags), "--out", str(good)])
-    shutil.copytree(good, out)
+    jeat.main([*map(str, flags), "--out", str(tmp_path)])
     for more, words in ((["--method", "at"], "method was jeat, is at"), (["--sgld-steps", 3], "sgld_steps was 2"),
                         (["--buffer-size", 50], "buffer_size was 40"), (["--attack-eps", 0.1], "attack_eps was")):
-        assert words in error(capsys, *flags, *more, "--out", out)
-    checkpoint = out / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert "damaged or foreign" in error(capsys, *flags, "--out", out)
-    torch.save({**torch.load(good / "checkpoint.pt", weights_only=True), "script": "cem_sup"}, checkpoint)
-    assert "cem_sup.py" in error(capsys, *flags, "--out", out)
-    torch.save(argparse.Namespace(epoch=1), checkpoint)  # a pickle is not loaded
-    assert "damaged or foreign" in error(capsys, *flags, "--out", out)
-    assert "no checkpoint" in error(capsys, "--eval-only", "--out", tmp_path / "nothing")
+        assert words in error(capsys, *flags, *more, "--out", tmp_path)
 
 
 # ---------------------------------------------------------------- real data, CUDA
