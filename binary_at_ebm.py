@@ -13,9 +13,9 @@ Yin, Li, Rohde: Learning Energy-Based Models With Adversarial Training, ECCV 202
   python binary_at_ebm.py --classes 3 --p0 rest --translate-from 5       a model of cats; dogs become cats
   python binary_at_ebm.py --smoke              everything, small, on drawn classes: 35 s on two CPU cores
 
-Writes checkpoint.pt, log.jsonl, results.json, samples_{ascent,translation}.{png,npz} to --out; started again,
-it goes on. Defaults: [official] xuwangyin/AT-EBMs, whose p_0, 80M Tiny Images, is withdrawn: CIFAR-100 is
-[our substitution]; [assumed] our reading.
+Writes checkpoint.pt, log.jsonl, results.json, samples_{ascent,translation}.{png,npz} to --out; resumes.
+Defaults: [official] xuwangyin/AT-EBMs, whose p_0, 80M Tiny Images, is withdrawn: CIFAR-100 is [our
+substitution]; [assumed] our reading.
 """
 import argparse
 import io
@@ -78,13 +78,6 @@ def gate(stage, area, last=25, threshold=0.8, window=100, most=7815):
 
 
 # ================================================================ model
-class Affine(nn.BatchNorm2d):
-    """gamma x + beta per channel: BatchNorm that never leaves eval mode, as in the official code."""
-
-    def forward(self, x):
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
-
-
 class Energy(nn.Module):
     """Images [B, 3, 32, 32] in [0, 1] to the float32 logit f = -E [B, 1]; the normalisation is inside."""
 
@@ -93,19 +86,23 @@ class Energy(nn.Module):
         self.net = net
         pixels = torch.tensor([[.4914, .4822, .4465], [.2023, .1994, .2010]])  # [official]
         self.register_buffer("pixels", pixels.view(2, 3, 1, 1), persistent=False)
+        self.train()
+
+    def train(self, mode=True):  # never: its batch norms are affines gamma x + beta [official]
+        return super().train(False)
 
     def forward(self, x):
         return self.net((x - self.pixels[0]) / self.pixels[1]).float()
 
 
 def make_model(arch="resnet50"):
-    """An Energy: resnet50 or resnet18, with a 3x3 stem of stride 1, no max-pool, affines for norms, PyTorch's
-    default initialisation [official]; or "small", the smoke run's. README: loading a checkpoint."""
+    """An Energy: resnet50 or resnet18, with a 3x3 stem of stride 1, no max-pool and PyTorch's default
+    initialisation [official]; or "small", the smoke run's. README: loading a checkpoint."""
     if arch == "small":
         layers = [m for i, o, k in ((3, 32, 4), (32, 64, 3), (64, 128, 3))  # a 3x3 stem leaves a grid
-                  for m in (nn.Conv2d(i, o, k, 2, 1, bias=False), Affine(o), nn.ReLU())]
+                  for m in (nn.Conv2d(i, o, k, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
         return Energy(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1)))
-    net = {"resnet18": resnet18, "resnet50": resnet50}[arch](num_classes=1, norm_layer=Affine)
+    net = {"resnet18": resnet18, "resnet50": resnet50}[arch](num_classes=1)
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     for m in net.modules():  # torchvision's own starts with logits a thousand times larger
         if isinstance(m, (nn.Conv2d, nn.Linear)):
@@ -114,8 +111,7 @@ def make_model(arch="resnet50"):
 
 
 # ================================================================ its own arguments
-SAMPLERS, INF = ("ascent", "translation"), math.inf
-OOD_FLAGS = ("limit_test", "ood_images", "ood_eps", "ood_steps")
+SAMPLERS, OOD_FLAGS, INF = ("ascent", "translation"), ("limit_test", "ood_images", "ood_steps"), math.inf
 SMOKE = dict(arch="small", classes=[2], p0="rest", translate_from=3, epochs=(40, 20), lr=(2e-3, 0.05),
              max_steps=8, epochs_per_step=10, auc_window=20, attack_steps=(None, 5), attack_step_size=0.5,
              attack_eps=(INF, 2.0), positive_steps=1, positive_eps=(INF, 0.5), num_samples=100,
@@ -123,42 +119,38 @@ SMOKE = dict(arch="small", classes=[2], p0="rest", translate_from=3, epochs=(40,
 
 
 def parse_args(argv):
-    parser, groups = common_flags(("resnet18", "resnet50", "small"), SAMPLERS, ("p0",))
-    data, _, training, attack, sampling, evaluation = (g.add_argument for g in groups.values())
-    count, real = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
     label = {"type": int, "choices": range(10), "metavar": "0..9"}
-    data("--classes", nargs="+", **label, help="of p_data; default: all")
-    data("--p0", metavar="SET", help="cifar100 (downloaded), noise, rest (the classes not in --classes) or "
-         "a .npy, uint8 [N, 32, 32, 3]; %(default)s")
-    training("--mode", choices=("generation", "ood"), help="(a, b) here: its two defaults; %(default)s")
-    training("--max-steps", **count, help="without --attack-steps K = 0, 1, ..., N by the gate; %(default)s; "
-             "--epochs holds all: at most 125 for K < 25; at 25 the official code never ends")
-    training("--auc-threshold", **real, help="of the gate; %(default)s")
-    training("--auc-window", **count, help="iterations, of the gate; %(default)s")
-    training("--epochs-per-step", **count, help="at most, at each K but the last; %(default)s")
-    attack("--positive-steps", **count, help="J, of the attack on p_data, in the control too; %(default)s")
-    attack("--positive-eps", **real, help="radius of the attack on p_data, or inf; %(default)s")
-    sampling("--translate-from", **label, help="start from this class's test images, too")
-    evaluation("--ood-sets", nargs="*", metavar="SET", help="as --p0, or svhn (downloaded); %(default)s")
-    evaluation("--ood-images", **count, help="of each set; %(default)s")
-    evaluation("--ood-eps", **real, help="radius of the worst case, in --norm; %(default)s")
-    evaluation("--ood-steps", **count, help="of 2.5 eps / N, five times; %(default)s")
-    parser.set_defaults(  # [official]
-        mode="generation", arch="resnet50", lr=(5e-4, 0.1), batch_size=(32, 128),
+    own = [("data", "--classes", dict(label, nargs="+", help="of p_data; default: all")),
+           ("data", "--p0", dict(metavar="SET", help="cifar100 (downloaded), noise, rest (the classes not in "
+                                 "--classes) or a .npy, uint8 [N, 32, 32, 3]; %(default)s")),
+           ("training", "--mode", dict(choices=("generation", "ood"), help="(a, b): their defaults")),
+           ("training", "--max-steps", dict(COUNT, help="without --attack-steps K = 0, 1, ... N by the gate; "
+                                            "at N to the end of --epochs; %(default)s")),
+           ("training", "--auc-threshold", dict(REAL, help="of the gate; %(default)s")),
+           ("training", "--auc-window", dict(COUNT, help="iterations, of the gate; %(default)s")),
+           ("training", "--epochs-per-step", dict(COUNT, help="at most, at each K < N; %(default)s")),
+           ("attack", "--positive-steps", dict(COUNT, help="J, on p_data, in the control too; %(default)s")),
+           ("sampling", "--translate-from", dict(label, help="start from this class's test images, too")),
+           ("evaluation", "--ood-sets", dict(nargs="*", metavar="SET", help="as --p0, or svhn (downloaded); "
+                                             "%(default)s")),
+           ("evaluation", "--ood-images", dict(COUNT, help="of each set; %(default)s")),
+           ("evaluation", "--ood-steps", dict(COUNT, help="of 2.5 eps / N, five times; %(default)s"))]
+    POSITIVE_FLAGS.extend(("auc_window", "ood_images", "ood_steps"))
+    args = parse_common(
+        argv, ("resnet18", "resnet50", "small"), SAMPLERS, ("p0",), SMOKE, own,
+        mode="generation", arch="resnet50", lr=(5e-4, 0.1), batch_size=(32, 128),  # to p0: [official]
         max_steps=25, auc_threshold=0.8, auc_window=100, epochs_per_step=5, norm="l2", attack_step_size=0.1,
         attack_steps=(None, 20), attack_eps=(INF, 0.5), positive_steps=(5, 10), positive_eps=(INF, 0.25),
         start="p0", sample_norm="l2", sample_steps=32, sample_step_size=0.2, sample_eps=INF, sample_noise=0.0,
         ood_images=1024, ood_eps=1.0, ood_steps=100,  # there with APGD
         epochs=(200, 100), num_samples=50000, sample_batch_size=500,  # [assumed, but for the 100]
         p0="cifar100", ood_sets=["svhn", "cifar100", "noise"])  # [our substitution]; there ImageNet-32 too
-    args = parse_common(parser, argv, SAMPLERS, SMOKE)
     vars(args).update({k: v[args.mode == "ood"] for k, v in vars(args).items() if isinstance(v, tuple)})
-    FREE_FLAGS.update(("translate_from", "ood_sets", *OOD_FLAGS))
-    if 0 in (args.ood_images, args.auc_window) or args.ood_eps == INF:
-        fail("--ood-images and --auc-window must be > 0, --ood-eps finite")
-    if args.translate_from is None and "all" in parser.parse_args(argv).sampler:
+    FREE_FLAGS.update(("translate_from", "ood_sets", "ood_eps", *OOD_FLAGS))
+    if args.translate_from is None and "translation" not in (sys.argv if argv is None else argv):
         args.sampler = ["ascent"]
     return args
+
 
 
 def load_set(name, args, rest, train=False):
@@ -170,34 +162,32 @@ def load_set(name, args, rest, train=False):
     if name == "noise":
         g = torch.Generator().manual_seed(args.seed + train)
         return torch.randint(256, (50000 if train else 10000, 3, 32, 32), generator=g, dtype=torch.uint8)
-    if name not in ("svhn", "cifar100"):
-        x = np.load(name)
-    elif args.smoke:
+    if args.smoke and name in ("cifar100", "svhn"):
         raise ValueError("--smoke downloads nothing")
+    if name == "cifar100":
+        x = torchvision.datasets.CIFAR100(args.data, train, download=True).data
+    elif name == "svhn":
+        split = "train" if train else "test"
+        x = torchvision.datasets.SVHN(args.data, split, download=True).data.transpose(0, 2, 3, 1)
     else:
-        socket.setdefaulttimeout(10)  # a silent connection ends
-        try:
-            d = torchvision.datasets
-            x = (d.CIFAR100(args.data, train, download=True).data if name == "cifar100" else d.SVHN(
-                args.data, "train" if train else "test", download=True).data.transpose(0, 2, 3, 1))
-        finally:
-            socket.setdefaulttimeout(None)
+        x = np.load(name)
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3) or len(x) == 0:
         raise ValueError("not uint8 [N, 32, 32, 3]")
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
+
 # ================================================================ train, sample, evaluate
 def train(f, x_train, p_0, args, state):
-    """Train f in place, from `state` (a checkpoint or None) to --epochs -> seconds, with those before; K."""
+    """Train f in place, from `state` (what the checkpoint holds, with the gate's stage) to --epochs."""
     if args.mode == "generation":  # [official], both
         optimizer, r1 = torch.optim.Adam(f.parameters(), args.lr, betas=(0.0, 0.99)), 0.01
     else:
         optimizer, r1 = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, nesterov=True), 0.0
-    first, seconds = restore(state, args, f, optimizer)
+    restore(args, state, f, optimizer)
     K, last = (0, args.max_steps) if args.attack_steps is None else (args.attack_steps, args.attack_steps)
-    stage = state["stage"] if state else {"K": K, "window": [], "iteration": 0}
-    n, begun = len(x_train), time.time()
+    stage = state.setdefault("stage", {"K": K, "window": [], "iteration": 0})
+    n, first, begun = len(x_train), state["epoch"], time.time()
     most = args.epochs_per_step * math.ceil(n / args.batch_size)
     for epoch in range(first, args.epochs):
         start, figures = time.time(), []
@@ -216,19 +206,14 @@ def train(f, x_train, p_0, args, state):
             loss.backward()
             optimizer.step()
             value, area = torch.stack([loss.detach(), auc(f_pos, f_neg)]).tolist()  # the only synchronisation
-            check_loss(value, args)
+            check_loss(args, value)
             stage = gate(stage, area, last, args.auc_threshold, args.auc_window, most)
             figures.append((value, area))
             done = (epoch - first) * n + min(len(figures) * args.batch_size, n)
             progress("training", begun, (args.epochs - first) * n, done,
                      f", epoch {epoch + 1}/{args.epochs}, K {stage['K']}, loss {value:.3f}, AUC {area:.2f}")
-        took = time.time() - start
-        seconds += took
-        mean_loss, mean_auc = np.mean(figures, 0).tolist()
-        log(args, event="epoch", epoch=epoch + 1, K=stage["K"], loss=mean_loss, auc=mean_auc, seconds=took,
-            images_per_s=n / took)
-        save_checkpoint(args, f, optimizer, epoch + 1, seconds, stage=stage)
-    return seconds, stage["K"]
+        state["stage"], (loss, area) = stage, np.mean(figures, 0).tolist()
+        end_epoch(args, state, f, optimizer, start, n, K=stage["K"], loss=loss, auc=area)
 
 
 def scores(f, x):
@@ -259,16 +244,11 @@ def write_samples(name, f, x_0, args):
     return {"n": len(images), "energy": quantiles(f, images)}
 
 
-def detect(name, f, x_data, rest, args):
-    """AUROC of the logit: test data x_data against a set, clean, and attacked to raise each image's logit."""
-    try:
-        x = load_set(name, args, rest)
-    except Exception as e:
-        print(f"--ood-sets {name}: skipped, {e}")
-        return {"skipped": str(e)}
+def detect(name, f, x_data, x, args):
+    """AUROC of the logit, of test data x_data against images x: clean, and attacked to raise their logits."""
     torch.manual_seed(args.seed)
     x = to_float(x[torch.randperm(len(x))[:args.ood_images].to(x.device)].to(x_data.device))
-    worst, begun, step_size = [], time.time(), 2.5 * args.ood_eps / max(args.ood_steps, 1)  # ours
+    worst, begun, step_size = [], time.time(), 2.5 * args.ood_eps / args.ood_steps  # ours
     for b in x.split(256):  # [official], there by APGD
         worst.append(worst_case(logit(f), b, args.ood_steps, step_size, eps=args.ood_eps, restarts=5,
                                 norm=args.norm)[1])
@@ -281,41 +261,42 @@ def detect(name, f, x_data, rest, args):
 
 def run(args):
     state = open_out(args)
-    device, classes = torch.device(args.device), args.classes or list(range(10))
-    if args.translate_from in classes or args.translate_from is None and "translation" in args.sampler:
-        fail("a translation needs --translate-from, and --classes without that class")
-    x_train, y_train, x_test, y_test = load_data(args, device)
+    x_train, y_train, x_test, y_test = load_data(args, args.device)
+    own = torch.tensor(args.classes or list(range(10)), device=args.device)
     source = x_test[y_test == args.translate_from][:args.num_samples]
-    own = torch.tensor(classes, device=device)
-    (x_train, rest_train), (x_test, rest_test) = ((x[i], x[~i]) for x, i in (
-        (x_train, torch.isin(y_train, own)), (x_test, torch.isin(y_test, own))))
+    train_in, test_in = torch.isin(y_train, own), torch.isin(y_test, own)
+    if "translation" in args.sampler and (len(source) == 0 or args.translate_from in own):
+        fail("a translation needs --translate-from, --classes without it, or a larger --limit-test")
     try:
-        p_0 = load_set(args.p0, args, rest_train, train=True).to(device)
+        p_0 = load_set(args.p0, args, x_train[~train_in], train=True).to(args.device)
     except Exception as e:
         fail(f"--p0 {args.p0}: {e}; others: cifar100, noise, rest, a .npy")
-    if min(len(x_train), len(x_test), len(source) if "translation" in args.sampler else 1) == 0:
-        fail("no images of --classes or --translate-from: a larger --limit-train or --limit-test")
+    if min(train_in.sum(), test_in.sum()) == 0:
+        fail("no images of --classes: a larger --limit-train or --limit-test")
     torch.manual_seed(args.seed)
-    f = make_model(args.arch).to(device, memory_format=torch.channels_last)
-    seconds, K = train(f, x_train, p_0, args, state)
-    results = {"ood": {}} | open_results(args, seconds)
+    f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
+    train(f, x_train[train_in], p_0, args, state)
+    results, K, x_test, rest = state["results"], state["stage"]["K"], x_test[test_in], x_test[~test_in]
 
-    order = torch.randperm(len(p_0), generator=torch.Generator().manual_seed(args.seed)).to(device)
-    starts = {"ascent": p_0[order[torch.arange(args.num_samples, device=device) % len(p_0)]],
-              "translation": source}
-    x_0, results["K"] = to_float(p_0[order[:250]]), K  # attacked with training's K, here in float32
+    order = torch.randperm(len(p_0), generator=torch.Generator().manual_seed(args.seed)).to(args.device)
+    x_0 = to_float(p_0[order[:250]])  # attacked with training's K, here in float32
     x_k = ascend(logit(f), x_0, K, args.attack_step_size, eps=args.attack_eps, norm=args.norm)
     energies = {"data": x_test, "p0": x_0, "p0_attacked": x_k}
-    results["energy"] = {name: quantiles(f, x) for name, x in energies.items()}
+    results |= {"K": K, "energy": {name: quantiles(f, x) for name, x in energies.items()}}
+    ascent = p_0[order.repeat(-(-args.num_samples // len(order)))[:args.num_samples]]
     for name in args.sampler:
-        once(results, args, "samples", name, [*SAMPLING_FLAGS, "translate_from"],
-             lambda: write_samples(name, f, starts[name], args))
+        once(args, results, "samples", name, [*SAMPLING_FLAGS, "translate_from"],
+             lambda: write_samples(name, f, {"ascent": ascent, "translation": source}[name], args))
     for name in args.ood_sets:
-        if "skipped" in results["ood"].get(name, ()):  # it may be at hand this time
-            results["done"].pop(f"ood {name}", None)
-        once(results, args, "ood", name, OOD_FLAGS, lambda: detect(name, f, x_test, rest_test, args))
-    score_samples(results, args, args.sampler)
-    print(f"{args.out}/results.json: K {K}, ood {results['ood']}")
+        try:
+            x = load_set(name, args, rest)
+        except Exception as e:
+            print(f"--ood-sets {name}: skipped, {e}")
+            results.setdefault("ood", {})[name] = {"skipped": str(e)}
+        else:
+            once(args, results, "ood", name, OOD_FLAGS, lambda: detect(name, f, x_test, x, args))
+    score_samples(args, results, args.sampler)
+    print(f"{args.out}/results.json: K {K}, ood {results.get('ood')}")
 
 
 # ================================================================ block: drawn data
@@ -323,19 +304,15 @@ def run(args):
 def draw(n, seed):
     """n drawn images uint8 [n, 3, 32, 32] and labels [n], in turn: disc, circles, X, plus, horizon, bars in
     three directions, checkerboard, two dots. Place, size, hue, background and noise vary."""
-    g = torch.Generator().manual_seed(seed)
-
     def uniform(low, high, channels=1):
         return low + (high - low) * torch.rand(n, channels, 1, 1, generator=g)
-
-    y, axis = torch.arange(n) % 10, torch.linspace(-1, 1, 32)
+    g, y, axis = torch.Generator().manual_seed(seed), torch.arange(n) % 10, torch.linspace(-1, 1, 32)
     u, v, s = axis - uniform(-.25, .25), axis[:, None] - uniform(-.25, .25), uniform(.5, .7)
     r, a, b, k, p = (u * u + v * v).sqrt(), u.abs(), v.abs(), uniform(7, 10), uniform(0, 6.3)
-    end = 1.2 * s - torch.maximum(a, b)
+    end, bars, rungs = 1.2 * s - torch.maximum(a, b), torch.sin(k * u + p), torch.sin(k * v + p)
     figures = [s - r, torch.sin(1.3 * k * r), torch.minimum(.2 - (a - b).abs(), end),
-               torch.minimum(.17 - torch.minimum(a, b), end), v, torch.sin(k * u + p), torch.sin(k * v + p),
-               torch.sin(.7 * k * (u + v) + p), torch.sin(k * u + p) * torch.sin(k * v + p),
-               .27 - ((a - .4) ** 2 + v * v).sqrt()]
+               torch.minimum(.17 - torch.minimum(a, b), end), v, bars, rungs,
+               torch.sin(.7 * k * (u + v) + p), bars * rungs, .27 - ((a - .4) ** 2 + v * v).sqrt()]
     mask = torch.stack([f.expand(n, 1, 32, 32) for f in figures])[y, torch.arange(n)].mul(16).sigmoid()
     hue = .5 + .5 * torch.cos(2 * math.pi * (uniform(0, 1) + torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)))
     figure, ground, swap = .25 + .75 * hue, uniform(0, .3, 3), uniform(0, 1) < .5  # else pixels tell
@@ -347,7 +324,6 @@ def draw(n, seed):
 def load_data(args, device):
     """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32], int64 [N]; --smoke: drawn."""
     sets, there = [draw(2000, seed=0), draw(1000, seed=1)], Path(args.data, "cifar-10-batches-py").exists()
-    socket.setdefaulttimeout(10)  # a silent connection ends
     try:
         for i in range(0 if args.smoke else 2):
             d = torchvision.datasets.CIFAR10(args.data, train=i == 0, download=not there)
@@ -355,19 +331,16 @@ def load_data(args, device):
     except Exception as e:  # torchvision: RuntimeError for a wrong checksum, any error of the connection
         what = "a damaged cifar-10-batches-py, to be deleted," if there else "no CIFAR-10 and no download"
         fail(f"--data {args.data}: {what} ({e}); name another folder, or try --smoke, which needs no data")
-    finally:
-        socket.setdefaulttimeout(None)
     return [t[:n].to(device) for pair, n in zip(sets, (args.limit_train, args.limit_test)) for t in pair]
 
 
 # ================================================================ block: crop_flip
 def crop_flip(x, pad=4, mode="constant"):
-    """Random crop of the padded image and random flip, for each sample of float x [B, C, H, W]."""
-    n, _, h, w = x.shape
-    rows = torch.randint(2 * pad + 1, (n, 1), device=x.device) + torch.arange(h, device=x.device)  # [B, H]
-    columns = torch.randint(2 * pad + 1, (n, 1), device=x.device) + torch.arange(w, device=x.device)
-    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
-    sample = torch.arange(n, device=x.device)[:, None, None]
+    """Random crop of the padded image and random flip, for each sample of float x [B, C, S, S]."""
+    offsets = torch.randint(2 * pad + 1, (2, len(x), 1), device=x.device)
+    rows, columns = offsets + torch.arange(x.shape[-1], device=x.device)  # [B, S] each
+    columns = torch.where(torch.rand(len(x), 1, device=x.device) < 0.5, columns.flip(1), columns)
+    sample = torch.arange(len(x), device=x.device)[:, None, None]
     return F.pad(x, (pad,) * 4, mode=mode)[sample, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
@@ -375,126 +348,102 @@ def crop_flip(x, pad=4, mode="constant"):
 def progress(what, start, total, done, text=""):
     """One line that rewrites itself on a terminal; elsewhere a line every ten seconds and at the end."""
     now, terminal = time.time(), sys.stdout.isatty()
-    if done < total and now - getattr(progress, "shown", 0) < (0.2 if terminal else 10):
-        return
-    progress.shown, rate = now, done / max(now - start, 1e-9)
-    line = f"{what}: {done}/{total} images, {rate:.0f} images/s, ETA {(total - done) / rate:.0f} s{text}"
-    print(f"\r\033[K{line}" if terminal else line, end="" if terminal and done < total else "\n", flush=True)
+    if done == total or now - getattr(progress, "shown", 0) > (0.2 if terminal else 10):
+        progress.shown, rate = now, done / max(now - start, 1e-9)
+        line = f"{what}: {done}/{total} images, {rate:.0f} images/s, ETA {(total - done) / rate:.0f} s{text}"
+        print("\r\033[K" * terminal + line, end="\n" * (done == total or not terminal), flush=True)
 
 
-def log(args, **fields):
-    """A line of log.jsonl, for each epoch and event."""
+def log(args, results=None, **fields):
+    """A line of log.jsonl, for each epoch and event; results.json, where there are results."""
     with open(Path(args.out) / "log.jsonl", "a") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **fields}) + "\n")
+    if results:
+        results |= {"versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+                    "device": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu",
+                    "args": {k: "inf" if v == math.inf else v for k, v in vars(args).items()}}  # strict JSON
+        replace_files({f"{args.out}/results.json": json.dumps(results, indent=2).encode()})
 
 
-def open_results(args, seconds):
-    """results.json, emptied if of another training; its `done` says which flags gave a number."""
-    path = Path(args.out) / "results.json"
-    trained = str({k: v for k, v in vars(args).items() if k not in FREE_FLAGS or k == "epochs"})
-    try:
-        results = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        fail(f"{path} is damaged: delete it to evaluate again")
-    if results.get("trained") != trained:
-        results = {"trained": trained, "accuracy": {}, "samples": {}, "seconds": {}, "done": {}}
-    results["seconds"]["train"] = seconds
-    return results | {"versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "device":
-                      torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"}
-
-
-def write_results(args, results):
-    results["args"] = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON
-    replace_files({f"{args.out}/results.json": json.dumps(results, indent=2).encode()})
-
-
-def once(results, args, section, name, flags, work):
-    """results[section][name] = work(); skipped where results.json has it for the same training and flags."""
-    key, phase = str({k: getattr(args, k) for k in flags}), f"{section} {name}"
-    there = section != "samples" or Path(f"{args.out}/samples_{name}.npz").exists()
-    if there and results["done"].get(phase) == key:
+def once(args, results, section, name, flags, work):
+    """results[section][name] = work(), unless results.json has it for the same flags."""
+    begun, phase, made_with = time.time(), f"{section} {name}", {k: str(vars(args)[k]) for k in flags}
+    if results["done"].get(phase) == made_with:
         return print(f"{phase}: already in {args.out}")
-    begun = time.time()
     results["done"].pop(phase, None)
-    write_results(args, results)  # a kill from here on leaves no row that belongs to other samples
-    results[section][name] = work()
-    results["done"][phase], results["seconds"][name] = key, time.time() - begun
-    log(args, event=phase, seconds=time.time() - begun)
-    write_results(args, results)
+    log(args, results, event=f"{phase} begins")  # a kill from here on leaves no row of other samples
+    results.setdefault(section, {})[name] = work()
+    results["done"][phase], results["seconds"][name] = made_with, time.time() - begun
+    log(args, results, event=phase, seconds=time.time() - begun)
 
 
-def score_samples(results, args, names):
-    """IS and FID of each samples_NAME.npz into results.json, or null with the reason."""
-    given, why = args.inception_weights, "never with --smoke; on a CPU only with --inception-weights PATH"
-    rows = {f"{args.out}/samples_{name}.npz": row for name, row in results["samples"].items() if name in names
-            and (row.get("fid") is None or given not in (None, row["inception_weights"]))}
-    scores = [{}] * len(rows)
+def score_samples(args, results, names):
+    """IS and FID into the rows of the samples that lack them, or null with the reason."""
+    rows = {f"{args.out}/samples_{name}.npz": results["samples"][name] for name in names}
     try:
-        if rows and not args.smoke and (given or args.device != "cpu"):
-            from metrics import score
-            scores, why = score(rows, args.data, weights=given, device=args.device), None
-    except (ImportError, OSError, ValueError, torch.OutOfMemoryError) as e:
-        why = str(e)
-    if rows and why:
-        print(f"no IS and FID ({why}); later: python metrics.py {' '.join(rows)} --data {args.data}")
-    for row, score in zip(rows.values(), scores):
-        row |= dict.fromkeys(["is_mean", "is_std", "fid"]) | dict(reason=why, inception_weights=given) | score
-    write_results(args, results)
+        from metrics import score_rows
+        score_rows(rows, args.data, args.inception_weights, args.device, never=args.smoke)
+    except ImportError as e:
+        print(f"no IS and FID: {e}")
+    log(args, results, event="scores")
 
 
 # ================================================================ block: checkpoint
 def open_out(args):
-    """The checkpoint in --out or None, checked against args. A --smoke without --out starts afresh."""
-    if args.out is None and args.smoke and not args.eval_only:
+    """The state in --out: of its checkpoint, checked against args, and of results.json; or a beginning."""
+    if args.smoke and not (args.out or args.eval_only):
         shutil.rmtree(f"runs/{NAME}-smoke", ignore_errors=True)
     args.out = args.out or f"runs/{NAME}" + "-smoke" * args.smoke
-    path = Path(args.out) / "checkpoint.pt"
+    path, results = Path(args.out) / "checkpoint.pt", Path(args.out) / "results.json"
     if not path.exists():
-        return fail(f"--eval-only: no checkpoint in {args.out}") if args.eval_only else None
+        return fail(f"--eval-only: no {path}") if args.eval_only else {"epoch": 0, "seconds": 0.0}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         script, epoch, theirs = state["script"], state["epoch"], state["args"]
+        state["results"] |= json.loads(results.read_text()) if results.exists() else {}
     except Exception as e:
-        fail(f"{path} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
-    other = "".join(f"; {k} was {theirs.get(k)}, is {v}" for k, v in vars(args).items()
-                    if k not in FREE_FLAGS and theirs.get(k) != v)
+        damaged = results if isinstance(e, json.JSONDecodeError) else path
+        fail(f"{damaged} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
+    fixed = sorted(theirs.keys() - FREE_FLAGS) if script == NAME else ()
+    other = "".join(f"; {k} was {theirs[k]}, is {vars(args)[k]}" for k in fixed if vars(args)[k] != theirs[k])
     if args.eval_only and script == NAME:
-        print(f"as it was trained: {args.out}, {epoch} epochs{other}")
-        vars(args).update({k: v for k, v in theirs.items() if k not in FREE_FLAGS}, epochs=epoch)
+        vars(args).update({k: theirs[k] for k in fixed}, epochs=epoch)
     elif script != NAME or other or args.epochs < epoch:
         fail(f"{path}: {script}.py, {epoch} epochs. --epochs may grow, all else needs another --out{other}")
     elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
+    print(f"{args.out}: {epoch} of {args.epochs} epochs are done")
     return state
 
 
-def restore(state, args, model, optimizer):
-    """Make --out; put the checkpoint back into model, optimiser, random numbers -> (epochs, seconds) done."""
+def restore(args, state, model, optimizer):
+    """Make --out; put the state into model, optimiser and random numbers."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    log(args, event="start", epoch=state["epoch"] if state else 0)
-    if state is None:
-        return 0, 0.0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if "cuda" in args.device and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], args.device)
-    print(f"{args.out}: {state['epoch']} of {args.epochs} epochs are done")
-    return state["epoch"], state["seconds"]
+    log(args, event="start", epoch=state["epoch"])
+    if "model" in state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and "cuda" in args.device:
+            torch.cuda.set_rng_state(state["cuda_rng"], args.device)
 
 
-def save_checkpoint(args, model, optimizer, epoch, seconds, **more):
-    """Write checkpoint.pt, if every weight is finite: plain dicts, which load with weights_only=True."""
-    check_loss(sum(p.detach().sum() for p in model.parameters()).item() * 0, args)
+def end_epoch(args, state, model, optimizer, begun, n, **figures):
+    """Log the epoch; write the state to checkpoint.pt, plain dicts that load with weights_only=True."""
+    check_loss(args, sum(p.detach().sum() for p in model.parameters()).item() * 0)  # NaN of a weight
+    took = time.time() - begun
+    state |= dict(epoch=state["epoch"] + 1, seconds=state["seconds"] + took, script=NAME, args=vars(args),
+                  rng=torch.get_rng_state(), model=model.state_dict(), optimizer=optimizer.state_dict())
     if "cuda" in args.device:
-        more["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-    torch.save({"script": NAME, "epoch": epoch, "seconds": seconds, "args": vars(args), **more,
-                "rng": torch.get_rng_state(), "model": model.state_dict(),
-                "optimizer": optimizer.state_dict()}, buffer := io.BytesIO())
+        state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+    state["results"] = {"seconds": {"train": state["seconds"]}, "accuracy": {}, "samples": {}, "done": {}}
+    torch.save(state, buffer := io.BytesIO())
+    Path(args.out, "results.json").unlink(missing_ok=True)  # of the checkpoint before
     replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
+    log(args, event="epoch", epoch=state["epoch"], **figures, seconds=took, images_per_s=n / took)
 
 
-def check_loss(loss, args):
+def check_loss(args, loss):
     """Stop at a loss that is not finite or explodes, before it reaches a checkpoint."""
     if not abs(loss) < 1e8:
         fail(f"training diverged (loss {loss}). {args.out} keeps the last good checkpoint, if there was one: "
@@ -505,63 +454,61 @@ def check_loss(loss, args):
 NAME = Path(__file__).stem
 SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
                   "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp")
-POSITIVE_FLAGS = "epochs batch_size lr limit_train limit_test num_samples sample_batch_size".split()
 FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device"}
+POSITIVE_FLAGS = "epochs batch_size limit_train limit_test num_samples sample_batch_size".split()
+COUNT, REAL = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
 
 
-def common_flags(archs, samplers, starts):
-    """The parser with the flags that mean the same in all four scripts, and its groups by name."""
+def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
+    """The arguments: the flags that mean the same in all four scripts, and a script's own [(group, flag,
+    options)]; --smoke changes the defaults to `smoke`. No NaN; inf as a radius only."""
     parser = argparse.ArgumentParser(f"{NAME}.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    groups = {title: parser.add_argument_group(title) for title in
-              ("data", "model", "training", "attack", "sampling", "evaluation")}
-    data, model, training, attack, sampling, evaluation = (g.add_argument for g in groups.values())
-    count, real = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
+    titles = "data", "model", "training", "attack", "sampling", "evaluation"
+    groups = {title: parser.add_argument_group(title).add_argument for title in titles}
+    data, model, training, attack, sampling, evaluation = groups.values()
     cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] * torch.cuda.is_available()
     data("--data", default="./data", help="folder of cifar-10-batches-py, else downloaded; %(default)s")
     data("--out", help=f"folder of the run; runs/{NAME}, with --smoke runs/{NAME}-smoke, begun afresh")
-    data("--limit-train", **count, help="only the first N training images")
-    data("--limit-test", **count, help="only the first N test images")
+    data("--limit-train", **COUNT, help="only the first N training images")
+    data("--limit-test", **COUNT, help="only the first N test images")
     data("--smoke", action="store_true", help="the whole pipeline, small, on drawn classes, no downloads")
     model("--arch", choices=archs, help="%(default)s")
     model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
     model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
-    training("--epochs", **count, help="passes over the data; may grow in the same --out; %(default)s")
-    training("--batch-size", **count, help="images; %(default)s")
-    training("--lr", **real, help="learning rate; %(default)s")
-    training("--seed", **count, default=0, help="of weights, data order, attacks and sampling; %(default)s")
+    training("--epochs", **COUNT, help="passes over the data; may grow in the same --out; %(default)s")
+    training("--batch-size", **COUNT, help="images; %(default)s")
+    training("--lr", **REAL, help="learning rate; %(default)s")
+    training("--seed", **COUNT, default=0, help="of weights, data order, attacks and sampling; %(default)s")
     attack("--norm", choices=("l2", "linf"), help="of ball and step; %(default)s")
-    attack("--attack-eps", **real, help="radius, for pixels in [0, 1]; %(default)s")
-    attack("--attack-steps", **count, help="0: no attack, the control; %(default)s")
-    attack("--attack-step-size", **real, help="for pixels in [0, 1]; %(default)s")
+    attack("--attack-eps", **REAL, help="radius, for pixels in [0, 1]; %(default)s")
+    attack("--attack-steps", **COUNT, help="0: no attack, the control; %(default)s")
+    attack("--attack-step-size", **REAL, help="for pixels in [0, 1]; %(default)s")
     sampling("--sampler", nargs="+", choices=("all", *samplers), default=["all"], help="default: all")
     sampling("--start", choices=starts, help="Gaussian per class, one pooled, uniform noise; %(default)s")
     sampling("--seed-split", choices=("train", "test"), default="train", help="of the Gaussians; %(default)s")
-    sampling("--num-samples", **count, help="images per sampler; %(default)s")
+    sampling("--num-samples", **COUNT, help="images per sampler; %(default)s")
     sampling("--sample-norm", choices=("l2", "linf", "none"), help="none: the raw gradient; %(default)s")
-    sampling("--sample-steps", **count, help="%(default)s")
-    sampling("--sample-step-size", **real, help="for pixels in [0, 1]; %(default)s")
-    sampling("--sample-eps", **real, help="radius of the ball around the seed, or inf; %(default)s")
-    sampling("--sample-noise", **real, help="standard deviation, per step and pixel; %(default)s")
-    sampling("--sample-batch-size", **count, help="images moved together; %(default)s")
+    sampling("--sample-steps", **COUNT, help="%(default)s")
+    sampling("--sample-step-size", **REAL, help="for pixels in [0, 1]; %(default)s")
+    sampling("--sample-eps", **REAL, help="radius of the ball around the seed, or inf; %(default)s")
+    sampling("--sample-noise", **REAL, help="standard deviation, per step and pixel; %(default)s")
+    sampling("--sample-batch-size", **COUNT, help="images moved together; %(default)s")
     evaluation("--eval-only", action="store_true", help="no training; its flags as in --out's checkpoint")
     evaluation("--inception-weights", metavar="PATH", help="for IS, FID; default: downloaded, on CUDA only")
-    return parser, groups
-
-
-def parse_common(parser, argv, samplers, smoke):
-    """The arguments; --smoke changes the defaults to `smoke`."""
+    for group, flag, options in own:
+        groups[group](flag, **options)
+    parser.set_defaults(**defaults)
     if parser.parse_args(argv).smoke:
         parser.set_defaults(**smoke)
     args = parser.parse_args(argv)
     args.amp = "cuda" in args.device if args.amp is None else args.amp
     args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
-    for flag, v in vars(args).items():  # no NaN; inf as a radius only
-        sign = ">" if flag in POSITIVE_FLAGS else ">="
-        if type(v) in (int, float) and not (0 <= v < 2 ** 63 and (v or sign == ">=") or
-                                            v == math.inf and flag.endswith("eps")):
-            fail(f"--{flag.replace('_', '-')} must be {sign} 0 and finite, not {v}")
+    for flag, v in vars(args).items():
+        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("eps") else 2 ** 63 - 1024
+        if type(v) in (int, float) and not (low <= v <= high and v == v):
+            fail(f"--{flag.replace('_', '-')} must be {'> 0' if low else '>= 0'} and finite, not {v}")
     return args
 
 
@@ -576,6 +523,7 @@ def main(argv=None):
     args = parse_args(argv)
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.backends.cudnn.benchmark = True
+    socket.setdefaulttimeout(10)  # a silent download ends
     try:
         run(args)
     except KeyboardInterrupt:

@@ -148,30 +148,30 @@ SMOKE = dict(arch="small", epochs=8, batch_size=64, lr=0.015, attack_eps=2.0, at
 
 
 def parse_args(argv):
-    parser, groups = common_flags(("resnet18", "resnet50", "small"), SAMPLERS, ("all", *STARTS.values()))
-    add = groups["training"].add_argument
-    add("--temperature", type=float, metavar="X", help="t of f = g.g' / t, in sampling too; %(default)s")
-    add("--warmup-epochs", type=float, metavar="X", help="<= --epochs / 10; then a cosine; %(default)s")
-    groups["attack"].add_argument("--attack-views", choices=("one", "both"), help="that move; %(default)s")
-    parser.set_defaults(
+    own = [("training", "--temperature", dict(REAL, help="t of f = g.g' / t, in sampling too; %(default)s")),
+           ("training", "--warmup-epochs", dict(REAL, help="<= --epochs / 10; then a cosine; %(default)s")),
+           ("attack", "--attack-views", dict(choices=("one", "both"), help="that move; %(default)s"))]
+    args = parse_common(
+        argv, ("resnet18", "resnet50", "small"), SAMPLERS, ("all", *STARTS.values()), SMOKE, own,
         arch="resnet50", attack_views="one",  # [paper]; the formula's [ACL: both]
         norm="l2", attack_eps=0.5, attack_steps=7, attack_step_size=0.1,  # [assumed: as supervised CEM]
         temperature=0.5, epochs=1000, batch_size=512, lr=0.5, warmup_epochs=10.0,  # [ACL; lr: AdvCL]
         sample_norm="l2", sample_steps=60, sample_step_size=0.5, sample_eps=30.0, sample_noise=0.0,
         start="all", num_samples=50000, sample_batch_size=512)  # [assumed]
-    args = parse_common(parser, argv, SAMPLERS, SMOKE)
     smallest = args.num_samples // math.ceil(args.num_samples / args.sample_batch_size)
     if math.isinf(args.attack_eps) or args.temperature == 0 or min(args.batch_size, smallest) < 2:
         fail("--attack-eps must be finite, --temperature > 0, and each batch of at least two images")
     return args
 
 
+
 # ================================================================ train, sample, evaluate
 def train(g, x_train, args, state):
-    """Train g in place, from `state` (a checkpoint or None) to --epochs -> seconds, those before included."""
+    """Train g in place, from `state` (what its checkpoint holds) to --epochs."""
     optimizer = torch.optim.SGD(g.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)  # [AdvCL]
-    first, seconds = restore(state, args, g, optimizer)
-    begun, n = time.time(), len(x_train) // args.batch_size * args.batch_size  # no smaller batch [assumed]
+    restore(args, state, g, optimizer)
+    n = len(x_train) // args.batch_size * args.batch_size  # no smaller batch [assumed]
+    first, begun = state["epoch"], time.time()
     warmup = min(args.warmup_epochs, args.epochs / 10)
     for epoch in range(first, args.epochs):
         g.train()
@@ -190,15 +190,11 @@ def train(g, x_train, args, state):
             losses.append(loss.detach())
             if i % (50 if x.is_cuda else 1) == 0 or (i + 1) * len(x) == n:  # the only synchronisation
                 mean = torch.stack(losses).mean().item()
-                check_loss(mean, args)
+                check_loss(args, mean)
                 progress("training", begun, (args.epochs - first) * n, (epoch - first) * n + (i + 1) * len(x),
                          f", epoch {epoch + 1}/{args.epochs}, loss {mean:.4f}")
-        took = time.time() - start
-        seconds += took
-        log(args, event="epoch", epoch=epoch + 1, loss=mean, lr=lr, seconds=took, images_per_s=n / took,
-            losses=[round(v, 5) for v in torch.stack(losses).tolist()])
-        save_checkpoint(args, g, optimizer, epoch + 1, seconds)
-    return seconds
+        losses = [round(v, 5) for v in torch.stack(losses).tolist()]
+        end_epoch(args, state, g, optimizer, start, n, loss=mean, lr=lr, losses=losses)
 
 
 def linear_probe(g, x, y):
@@ -243,21 +239,22 @@ def run(args):
         fail("a larger --limit-train or --limit-test: --batch-size images, and all ten classes for the seeds")
     torch.manual_seed(args.seed)
     g = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
-    results = open_results(args, train(g, x_train, args, state))  # without labels
+    train(g, x_train, args, state)  # without labels
+    results = state["results"]
 
     # linear probe, clean and under PGD-20 through it: from the clean image, last iterate, the usual radius
     probe, eps = cache(lambda: linear_probe(g, x_train, y_train)), {"l2": 0.5, "linf": 8 / 255}[args.norm]
     pgd20 = dict(score=cross_entropy, steps=20, step_size=2.5 * eps / 20, eps=eps, norm=args.norm)
     for name, attack in {"clean": {}, "pgd20": pgd20}.items():
         show = partial(progress, f"linear probe, {name}", time.time(), len(x_test))
-        once(results, args, "accuracy", name, ["limit_test"],
+        once(args, results, "accuracy", name, ["limit_test"],
              lambda: accuracy(probe(), x_test, y_test, progress=show, **attack))
 
     names = [f"{s}-{start}" for s in args.sampler for start in STARTS if args.start in ("all", STARTS[start])]
     flags, generator = [flag for flag in SAMPLING_FLAGS if flag != "start"], torch.Generator(args.device)
     for name in names:  # a name holds the start
-        once(results, args, "samples", name, flags, lambda: write_samples(name, g, *split, args, generator))
-    score_samples(results, args, names)
+        once(args, results, "samples", name, flags, lambda: write_samples(name, g, *split, args, generator))
+    score_samples(args, results, names)
     print(f"{args.out}/results.json: accuracy {results['accuracy']}")
 
 
@@ -266,19 +263,15 @@ def run(args):
 def draw(n, seed):
     """n drawn images uint8 [n, 3, 32, 32] and labels [n], in turn: disc, circles, X, plus, horizon, bars in
     three directions, checkerboard, two dots. Place, size, hue, background and noise vary."""
-    g = torch.Generator().manual_seed(seed)
-
     def uniform(low, high, channels=1):
         return low + (high - low) * torch.rand(n, channels, 1, 1, generator=g)
-
-    y, axis = torch.arange(n) % 10, torch.linspace(-1, 1, 32)
+    g, y, axis = torch.Generator().manual_seed(seed), torch.arange(n) % 10, torch.linspace(-1, 1, 32)
     u, v, s = axis - uniform(-.25, .25), axis[:, None] - uniform(-.25, .25), uniform(.5, .7)
     r, a, b, k, p = (u * u + v * v).sqrt(), u.abs(), v.abs(), uniform(7, 10), uniform(0, 6.3)
-    end = 1.2 * s - torch.maximum(a, b)
+    end, bars, rungs = 1.2 * s - torch.maximum(a, b), torch.sin(k * u + p), torch.sin(k * v + p)
     figures = [s - r, torch.sin(1.3 * k * r), torch.minimum(.2 - (a - b).abs(), end),
-               torch.minimum(.17 - torch.minimum(a, b), end), v, torch.sin(k * u + p), torch.sin(k * v + p),
-               torch.sin(.7 * k * (u + v) + p), torch.sin(k * u + p) * torch.sin(k * v + p),
-               .27 - ((a - .4) ** 2 + v * v).sqrt()]
+               torch.minimum(.17 - torch.minimum(a, b), end), v, bars, rungs,
+               torch.sin(.7 * k * (u + v) + p), bars * rungs, .27 - ((a - .4) ** 2 + v * v).sqrt()]
     mask = torch.stack([f.expand(n, 1, 32, 32) for f in figures])[y, torch.arange(n)].mul(16).sigmoid()
     hue = .5 + .5 * torch.cos(2 * math.pi * (uniform(0, 1) + torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)))
     figure, ground, swap = .25 + .75 * hue, uniform(0, .3, 3), uniform(0, 1) < .5  # else pixels tell
@@ -290,7 +283,6 @@ def draw(n, seed):
 def load_data(args, device):
     """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32], int64 [N]; --smoke: drawn."""
     sets, there = [draw(2000, seed=0), draw(1000, seed=1)], Path(args.data, "cifar-10-batches-py").exists()
-    socket.setdefaulttimeout(10)  # a silent connection ends
     try:
         for i in range(0 if args.smoke else 2):
             d = torchvision.datasets.CIFAR10(args.data, train=i == 0, download=not there)
@@ -298,8 +290,6 @@ def load_data(args, device):
     except Exception as e:  # torchvision: RuntimeError for a wrong checksum, any error of the connection
         what = "a damaged cifar-10-batches-py, to be deleted," if there else "no CIFAR-10 and no download"
         fail(f"--data {args.data}: {what} ({e}); name another folder, or try --smoke, which needs no data")
-    finally:
-        socket.setdefaulttimeout(None)
     return [t[:n].to(device) for pair, n in zip(sets, (args.limit_train, args.limit_test)) for t in pair]
 
 
@@ -307,126 +297,102 @@ def load_data(args, device):
 def progress(what, start, total, done, text=""):
     """One line that rewrites itself on a terminal; elsewhere a line every ten seconds and at the end."""
     now, terminal = time.time(), sys.stdout.isatty()
-    if done < total and now - getattr(progress, "shown", 0) < (0.2 if terminal else 10):
-        return
-    progress.shown, rate = now, done / max(now - start, 1e-9)
-    line = f"{what}: {done}/{total} images, {rate:.0f} images/s, ETA {(total - done) / rate:.0f} s{text}"
-    print(f"\r\033[K{line}" if terminal else line, end="" if terminal and done < total else "\n", flush=True)
+    if done == total or now - getattr(progress, "shown", 0) > (0.2 if terminal else 10):
+        progress.shown, rate = now, done / max(now - start, 1e-9)
+        line = f"{what}: {done}/{total} images, {rate:.0f} images/s, ETA {(total - done) / rate:.0f} s{text}"
+        print("\r\033[K" * terminal + line, end="\n" * (done == total or not terminal), flush=True)
 
 
-def log(args, **fields):
-    """A line of log.jsonl, for each epoch and event."""
+def log(args, results=None, **fields):
+    """A line of log.jsonl, for each epoch and event; results.json, where there are results."""
     with open(Path(args.out) / "log.jsonl", "a") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **fields}) + "\n")
+    if results:
+        results |= {"versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+                    "device": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu",
+                    "args": {k: "inf" if v == math.inf else v for k, v in vars(args).items()}}  # strict JSON
+        replace_files({f"{args.out}/results.json": json.dumps(results, indent=2).encode()})
 
 
-def open_results(args, seconds):
-    """results.json, emptied if of another training; its `done` says which flags gave a number."""
-    path = Path(args.out) / "results.json"
-    trained = str({k: v for k, v in vars(args).items() if k not in FREE_FLAGS or k == "epochs"})
-    try:
-        results = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        fail(f"{path} is damaged: delete it to evaluate again")
-    if results.get("trained") != trained:
-        results = {"trained": trained, "accuracy": {}, "samples": {}, "seconds": {}, "done": {}}
-    results["seconds"]["train"] = seconds
-    return results | {"versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "device":
-                      torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"}
-
-
-def write_results(args, results):
-    results["args"] = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON
-    replace_files({f"{args.out}/results.json": json.dumps(results, indent=2).encode()})
-
-
-def once(results, args, section, name, flags, work):
-    """results[section][name] = work(); skipped where results.json has it for the same training and flags."""
-    key, phase = str({k: getattr(args, k) for k in flags}), f"{section} {name}"
-    there = section != "samples" or Path(f"{args.out}/samples_{name}.npz").exists()
-    if there and results["done"].get(phase) == key:
+def once(args, results, section, name, flags, work):
+    """results[section][name] = work(), unless results.json has it for the same flags."""
+    begun, phase, made_with = time.time(), f"{section} {name}", {k: str(vars(args)[k]) for k in flags}
+    if results["done"].get(phase) == made_with:
         return print(f"{phase}: already in {args.out}")
-    begun = time.time()
     results["done"].pop(phase, None)
-    write_results(args, results)  # a kill from here on leaves no row that belongs to other samples
-    results[section][name] = work()
-    results["done"][phase], results["seconds"][name] = key, time.time() - begun
-    log(args, event=phase, seconds=time.time() - begun)
-    write_results(args, results)
+    log(args, results, event=f"{phase} begins")  # a kill from here on leaves no row of other samples
+    results.setdefault(section, {})[name] = work()
+    results["done"][phase], results["seconds"][name] = made_with, time.time() - begun
+    log(args, results, event=phase, seconds=time.time() - begun)
 
 
-def score_samples(results, args, names):
-    """IS and FID of each samples_NAME.npz into results.json, or null with the reason."""
-    given, why = args.inception_weights, "never with --smoke; on a CPU only with --inception-weights PATH"
-    rows = {f"{args.out}/samples_{name}.npz": row for name, row in results["samples"].items() if name in names
-            and (row.get("fid") is None or given not in (None, row["inception_weights"]))}
-    scores = [{}] * len(rows)
+def score_samples(args, results, names):
+    """IS and FID into the rows of the samples that lack them, or null with the reason."""
+    rows = {f"{args.out}/samples_{name}.npz": results["samples"][name] for name in names}
     try:
-        if rows and not args.smoke and (given or args.device != "cpu"):
-            from metrics import score
-            scores, why = score(rows, args.data, weights=given, device=args.device), None
-    except (ImportError, OSError, ValueError, torch.OutOfMemoryError) as e:
-        why = str(e)
-    if rows and why:
-        print(f"no IS and FID ({why}); later: python metrics.py {' '.join(rows)} --data {args.data}")
-    for row, score in zip(rows.values(), scores):
-        row |= dict.fromkeys(["is_mean", "is_std", "fid"]) | dict(reason=why, inception_weights=given) | score
-    write_results(args, results)
+        from metrics import score_rows
+        score_rows(rows, args.data, args.inception_weights, args.device, never=args.smoke)
+    except ImportError as e:
+        print(f"no IS and FID: {e}")
+    log(args, results, event="scores")
 
 
 # ================================================================ block: checkpoint
 def open_out(args):
-    """The checkpoint in --out or None, checked against args. A --smoke without --out starts afresh."""
-    if args.out is None and args.smoke and not args.eval_only:
+    """The state in --out: of its checkpoint, checked against args, and of results.json; or a beginning."""
+    if args.smoke and not (args.out or args.eval_only):
         shutil.rmtree(f"runs/{NAME}-smoke", ignore_errors=True)
     args.out = args.out or f"runs/{NAME}" + "-smoke" * args.smoke
-    path = Path(args.out) / "checkpoint.pt"
+    path, results = Path(args.out) / "checkpoint.pt", Path(args.out) / "results.json"
     if not path.exists():
-        return fail(f"--eval-only: no checkpoint in {args.out}") if args.eval_only else None
+        return fail(f"--eval-only: no {path}") if args.eval_only else {"epoch": 0, "seconds": 0.0}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         script, epoch, theirs = state["script"], state["epoch"], state["args"]
+        state["results"] |= json.loads(results.read_text()) if results.exists() else {}
     except Exception as e:
-        fail(f"{path} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
-    other = "".join(f"; {k} was {theirs.get(k)}, is {v}" for k, v in vars(args).items()
-                    if k not in FREE_FLAGS and theirs.get(k) != v)
+        damaged = results if isinstance(e, json.JSONDecodeError) else path
+        fail(f"{damaged} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
+    fixed = sorted(theirs.keys() - FREE_FLAGS) if script == NAME else ()
+    other = "".join(f"; {k} was {theirs[k]}, is {vars(args)[k]}" for k in fixed if vars(args)[k] != theirs[k])
     if args.eval_only and script == NAME:
-        print(f"as it was trained: {args.out}, {epoch} epochs{other}")
-        vars(args).update({k: v for k, v in theirs.items() if k not in FREE_FLAGS}, epochs=epoch)
+        vars(args).update({k: theirs[k] for k in fixed}, epochs=epoch)
     elif script != NAME or other or args.epochs < epoch:
         fail(f"{path}: {script}.py, {epoch} epochs. --epochs may grow, all else needs another --out{other}")
     elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
+    print(f"{args.out}: {epoch} of {args.epochs} epochs are done")
     return state
 
 
-def restore(state, args, model, optimizer):
-    """Make --out; put the checkpoint back into model, optimiser, random numbers -> (epochs, seconds) done."""
+def restore(args, state, model, optimizer):
+    """Make --out; put the state into model, optimiser and random numbers."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    log(args, event="start", epoch=state["epoch"] if state else 0)
-    if state is None:
-        return 0, 0.0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if "cuda" in args.device and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], args.device)
-    print(f"{args.out}: {state['epoch']} of {args.epochs} epochs are done")
-    return state["epoch"], state["seconds"]
+    log(args, event="start", epoch=state["epoch"])
+    if "model" in state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and "cuda" in args.device:
+            torch.cuda.set_rng_state(state["cuda_rng"], args.device)
 
 
-def save_checkpoint(args, model, optimizer, epoch, seconds, **more):
-    """Write checkpoint.pt, if every weight is finite: plain dicts, which load with weights_only=True."""
-    check_loss(sum(p.detach().sum() for p in model.parameters()).item() * 0, args)
+def end_epoch(args, state, model, optimizer, begun, n, **figures):
+    """Log the epoch; write the state to checkpoint.pt, plain dicts that load with weights_only=True."""
+    check_loss(args, sum(p.detach().sum() for p in model.parameters()).item() * 0)  # NaN of a weight
+    took = time.time() - begun
+    state |= dict(epoch=state["epoch"] + 1, seconds=state["seconds"] + took, script=NAME, args=vars(args),
+                  rng=torch.get_rng_state(), model=model.state_dict(), optimizer=optimizer.state_dict())
     if "cuda" in args.device:
-        more["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-    torch.save({"script": NAME, "epoch": epoch, "seconds": seconds, "args": vars(args), **more,
-                "rng": torch.get_rng_state(), "model": model.state_dict(),
-                "optimizer": optimizer.state_dict()}, buffer := io.BytesIO())
+        state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+    state["results"] = {"seconds": {"train": state["seconds"]}, "accuracy": {}, "samples": {}, "done": {}}
+    torch.save(state, buffer := io.BytesIO())
+    Path(args.out, "results.json").unlink(missing_ok=True)  # of the checkpoint before
     replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
+    log(args, event="epoch", epoch=state["epoch"], **figures, seconds=took, images_per_s=n / took)
 
 
-def check_loss(loss, args):
+def check_loss(args, loss):
     """Stop at a loss that is not finite or explodes, before it reaches a checkpoint."""
     if not abs(loss) < 1e8:
         fail(f"training diverged (loss {loss}). {args.out} keeps the last good checkpoint, if there was one: "
@@ -437,63 +403,61 @@ def check_loss(loss, args):
 NAME = Path(__file__).stem
 SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
                   "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp")
-POSITIVE_FLAGS = "epochs batch_size lr limit_train limit_test num_samples sample_batch_size".split()
 FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device"}
+POSITIVE_FLAGS = "epochs batch_size limit_train limit_test num_samples sample_batch_size".split()
+COUNT, REAL = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
 
 
-def common_flags(archs, samplers, starts):
-    """The parser with the flags that mean the same in all four scripts, and its groups by name."""
+def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
+    """The arguments: the flags that mean the same in all four scripts, and a script's own [(group, flag,
+    options)]; --smoke changes the defaults to `smoke`. No NaN; inf as a radius only."""
     parser = argparse.ArgumentParser(f"{NAME}.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    groups = {title: parser.add_argument_group(title) for title in
-              ("data", "model", "training", "attack", "sampling", "evaluation")}
-    data, model, training, attack, sampling, evaluation = (g.add_argument for g in groups.values())
-    count, real = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
+    titles = "data", "model", "training", "attack", "sampling", "evaluation"
+    groups = {title: parser.add_argument_group(title).add_argument for title in titles}
+    data, model, training, attack, sampling, evaluation = groups.values()
     cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] * torch.cuda.is_available()
     data("--data", default="./data", help="folder of cifar-10-batches-py, else downloaded; %(default)s")
     data("--out", help=f"folder of the run; runs/{NAME}, with --smoke runs/{NAME}-smoke, begun afresh")
-    data("--limit-train", **count, help="only the first N training images")
-    data("--limit-test", **count, help="only the first N test images")
+    data("--limit-train", **COUNT, help="only the first N training images")
+    data("--limit-test", **COUNT, help="only the first N test images")
     data("--smoke", action="store_true", help="the whole pipeline, small, on drawn classes, no downloads")
     model("--arch", choices=archs, help="%(default)s")
     model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
     model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
-    training("--epochs", **count, help="passes over the data; may grow in the same --out; %(default)s")
-    training("--batch-size", **count, help="images; %(default)s")
-    training("--lr", **real, help="learning rate; %(default)s")
-    training("--seed", **count, default=0, help="of weights, data order, attacks and sampling; %(default)s")
+    training("--epochs", **COUNT, help="passes over the data; may grow in the same --out; %(default)s")
+    training("--batch-size", **COUNT, help="images; %(default)s")
+    training("--lr", **REAL, help="learning rate; %(default)s")
+    training("--seed", **COUNT, default=0, help="of weights, data order, attacks and sampling; %(default)s")
     attack("--norm", choices=("l2", "linf"), help="of ball and step; %(default)s")
-    attack("--attack-eps", **real, help="radius, for pixels in [0, 1]; %(default)s")
-    attack("--attack-steps", **count, help="0: no attack, the control; %(default)s")
-    attack("--attack-step-size", **real, help="for pixels in [0, 1]; %(default)s")
+    attack("--attack-eps", **REAL, help="radius, for pixels in [0, 1]; %(default)s")
+    attack("--attack-steps", **COUNT, help="0: no attack, the control; %(default)s")
+    attack("--attack-step-size", **REAL, help="for pixels in [0, 1]; %(default)s")
     sampling("--sampler", nargs="+", choices=("all", *samplers), default=["all"], help="default: all")
     sampling("--start", choices=starts, help="Gaussian per class, one pooled, uniform noise; %(default)s")
     sampling("--seed-split", choices=("train", "test"), default="train", help="of the Gaussians; %(default)s")
-    sampling("--num-samples", **count, help="images per sampler; %(default)s")
+    sampling("--num-samples", **COUNT, help="images per sampler; %(default)s")
     sampling("--sample-norm", choices=("l2", "linf", "none"), help="none: the raw gradient; %(default)s")
-    sampling("--sample-steps", **count, help="%(default)s")
-    sampling("--sample-step-size", **real, help="for pixels in [0, 1]; %(default)s")
-    sampling("--sample-eps", **real, help="radius of the ball around the seed, or inf; %(default)s")
-    sampling("--sample-noise", **real, help="standard deviation, per step and pixel; %(default)s")
-    sampling("--sample-batch-size", **count, help="images moved together; %(default)s")
+    sampling("--sample-steps", **COUNT, help="%(default)s")
+    sampling("--sample-step-size", **REAL, help="for pixels in [0, 1]; %(default)s")
+    sampling("--sample-eps", **REAL, help="radius of the ball around the seed, or inf; %(default)s")
+    sampling("--sample-noise", **REAL, help="standard deviation, per step and pixel; %(default)s")
+    sampling("--sample-batch-size", **COUNT, help="images moved together; %(default)s")
     evaluation("--eval-only", action="store_true", help="no training; its flags as in --out's checkpoint")
     evaluation("--inception-weights", metavar="PATH", help="for IS, FID; default: downloaded, on CUDA only")
-    return parser, groups
-
-
-def parse_common(parser, argv, samplers, smoke):
-    """The arguments; --smoke changes the defaults to `smoke`."""
+    for group, flag, options in own:
+        groups[group](flag, **options)
+    parser.set_defaults(**defaults)
     if parser.parse_args(argv).smoke:
         parser.set_defaults(**smoke)
     args = parser.parse_args(argv)
     args.amp = "cuda" in args.device if args.amp is None else args.amp
     args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
-    for flag, v in vars(args).items():  # no NaN; inf as a radius only
-        sign = ">" if flag in POSITIVE_FLAGS else ">="
-        if type(v) in (int, float) and not (0 <= v < 2 ** 63 and (v or sign == ">=") or
-                                            v == math.inf and flag.endswith("eps")):
-            fail(f"--{flag.replace('_', '-')} must be {sign} 0 and finite, not {v}")
+    for flag, v in vars(args).items():
+        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("eps") else 2 ** 63 - 1024
+        if type(v) in (int, float) and not (low <= v <= high and v == v):
+            fail(f"--{flag.replace('_', '-')} must be {'> 0' if low else '>= 0'} and finite, not {v}")
     return args
 
 
@@ -508,6 +472,7 @@ def main(argv=None):
     args = parse_args(argv)
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.backends.cudnn.benchmark = True
+    socket.setdefaulttimeout(10)  # a silent download ends
     try:
         run(args)
     except KeyboardInterrupt:

@@ -11,14 +11,7 @@ The semantics are those of the TensorFlow originals as torch-fidelity reproduces
 - the network is TF's of 2015-12-05 in pytorch-fid's conversion. Unlike torchvision's Inception-v3 it has 1008
   classes, average pools that leave the padding out of the mean, a max pool in Mixed_7c, and no aux head;
 - IS: softmax of all 1008 logits without bias, shuffle by RandomState(2020), 10 splits, population std;
-- the network runs in true float32 (no TF32, no autocast), statistics and scores in float64.
-
-With the weights at hand, compare with torch-fidelity's own tests (not measured here):
-    IS of the CIFAR-10 train images                                        11.2368 +- 0.0951
-    FID between 5,000 train and 5,000 test images, each
-    np.random.RandomState(2020).choice(len(set), 5000, replace=False)      10.3233
-    IS of that train subset, in ascending index order before the shuffle   10.7505 +- 0.5779
-"""
+- the network runs in true float32 (no TF32, no autocast), statistics and scores in float64."""
 import argparse
 import contextlib
 import hashlib
@@ -173,21 +166,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 @contextlib.contextmanager
 def _exact(extract):
-    """True float32 (no TF32, no autocast), no gradients, eval mode; everything as it was on exit."""
+    """True float32 (no TF32, no autocast) and no gradients; everything as it was on exit."""
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    precision = conv.fp32_precision, matmul.fp32_precision
-    autocast = partial(torch.autocast, enabled=False)
-    training = {m: m.training for m in extract.modules()} if isinstance(extract, nn.Module) else {}
+    precision, autocast = (conv.fp32_precision, matmul.fp32_precision), partial(torch.autocast, enabled=False)
+    if getattr(extract, "training", False):
+        raise ValueError("extract is in training mode: call its eval() first")
     try:
         conv.fp32_precision = matmul.fp32_precision = "ieee"
-        for module in training:
-            module.training = False
         with torch.inference_mode(), autocast("cpu"), autocast("cuda"):
             yield
     finally:
         conv.fp32_precision, matmul.fp32_precision = precision
-        for module, mode in training.items():
-            module.training = mode
 
 
 def extract_features(images, extract, batch_size=128, label=None):
@@ -210,17 +199,15 @@ def extract_features(images, extract, batch_size=128, label=None):
 
 def evaluate(images_uint8, reference, extract=None, batch_size=128, label=None):
     """IS and FID of uint8 images [N, 3, H, W] against reference (mu, sigma): n, is_mean, is_std, fid and,
-    below 2,048 images, a warning. extract maps a uint8 batch to (features, logits); it runs without TF32,
-    autocast and training mode, all restored on exit. Default: Inception on the images' device."""
-    if extract is None:
-        extract = load_inception(device=images_uint8.device)
+    below 2,048 images, a warning. extract, in eval mode, maps a uint8 batch to (features, logits), without
+    TF32 and autocast, both restored on exit. Default: Inception on the images' device."""
+    extract = extract or load_inception(device=images_uint8.device)
     features, logits = extract_features(images_uint8, extract, batch_size, label)
     mean, std = inception_score(logits)
     fid = frechet_distance(*gaussian_statistics(features), *reference)
-    result = {"n": len(images_uint8), "is_mean": mean, "is_std": std, "fid": fid}
-    if len(images_uint8) < 2048:
-        result["warning"] = "fewer than 2,048 images: the covariance is singular and FID biased"
-    return result
+    warning = {"warning": "fewer than 2,048 images: the covariance is singular and FID biased"}
+    few = len(features) < 2048
+    return {"n": len(features), "is_mean": mean, "is_std": std, "fid": fid} | (warning if few else {})
 
 
 def _read_npz(path, *names):
@@ -295,14 +282,26 @@ def reference_statistics(extract, weights_hash, data="./data", reference=None, b
 def score(paths, data="./data", reference=None, weights=None, device="cpu", batch_size=128):
     """evaluate's dict, `file` and the hash of `weights` per file. OSError, ValueError: missing or broken."""
     samples = {str(path): load_samples(path)[0] for path in paths}
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device {device} cannot be used ({_one_line(e)})") from e
     net = load_inception(weights, device)
     statistics = reference_statistics(net, net.weights_hash, data, reference, batch_size)
     return [{"file": path, **evaluate(images, statistics, net, batch_size, path), "weights": net.weights_hash}
             for path, images in samples.items()]
+
+
+def score_rows(rows, data, weights=None, device="cpu", never=False):
+    """IS and FID into the rows {path of an .npz: dict} that lack them, or null with the reason, printed."""
+    rows = {path: row for path, row in rows.items() if row.get("fid") is None}
+    why = "never with --smoke" if never else "on a CPU only with --inception-weights PATH"
+    scores = [dict.fromkeys(["is_mean", "is_std", "fid"])] * len(rows)
+    try:
+        if rows and not never and (weights or device != "cpu"):
+            scores, why = score(rows, data, None, weights, device), None
+    except (OSError, ValueError, torch.OutOfMemoryError) as e:
+        why = str(e)
+    if rows and why:
+        print(f"no IS and FID ({why}); later: python metrics.py {' '.join(rows)} --data {data}")
+    for row, values in zip(rows.values(), scores):
+        row |= {**values, "reason": why}
 
 
 def main(argv=None):
@@ -313,7 +312,8 @@ def main(argv=None):
     add("--data", default="./data", help="CIFAR-10's folder; downloaded if absent (default: %(default)s)")
     add("--reference", help=".npz with mu and sigma, or with images (default: CIFAR-10 train)")
     add("--inception-weights", help="default: torch.hub's cache, downloaded if absent")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] * torch.cuda.is_available()
+    add("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="default: %(default)s")
     args = parser.parse_args(argv)
     try:
         for result in score(args.samples, args.data, args.reference, args.inception_weights, args.device):

@@ -10,7 +10,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import cem_sup
+import metrics
 import conftest
 from conftest import ROOT, classifier, run_script, train_judge
 from samplers import accuracy, cross_entropy, fit_gaussians, to_float
@@ -285,10 +285,10 @@ def test_an_interrupted_phase_is_done_again(tmp_path, monkeypatch):
     before = np.load(tmp_path / "samples_cs.npz")["arr_0"]
     write, log = cem_sup.write_samples, cem_sup.log
 
-    def stop(args, event, **fields):
-        if event == "samples cs":
+    def stop(args, results=None, **fields):
+        if fields["event"] == "samples cs":
             raise OSError("stopped")
-        log(args, event=event, **fields)
+        log(args, results, **fields)
     monkeypatch.setattr(cem_sup, "log", stop)
     with pytest.raises(SystemExit):
         cem_sup.main([*flags, "--sample-steps", "9"])
@@ -304,12 +304,12 @@ def test_scores_are_written_skipped_redone_and_null_with_a_reason(tmp_path, monk
     def row(name):
         return json.loads((tmp_path / "results.json").read_text())["samples"][name]
 
-    def score(paths, data, weights, device):
-        calls.append((len(paths), weights))
+    def score(paths, data, reference, weights, device):
+        calls.append((len(paths), weights, device))
         if weights == "absent.pth":
             raise OSError("no such file")
         return [{"file": p, "n": 20, "is_mean": 2.0, "is_std": 0.1, "fid": 50.0} for p in paths]
-    monkeypatch.setitem(sys.modules, "metrics", SimpleNamespace(score=score))
+    monkeypatch.setattr(metrics, "score", score)
     cem_sup.main(flags)
     assert row("cs")["fid"] is None and "smoke" in row("cs")["reason"] and not calls
 
@@ -317,14 +317,15 @@ def test_scores_are_written_skipped_redone_and_null_with_a_reason(tmp_path, monk
         args = cem_sup.parse_args([*flags, *(["--inception-weights", weights] if weights else [])])
         args.smoke = False
         results = json.loads((tmp_path / "results.json").read_text())
-        cem_sup.score_samples(results, args, args.sampler)
-    scored("a.pth")
-    assert calls == [(2, "a.pth")] and row("rcs")["fid"] == 50.0 and row("rcs")["reason"] is None
-    scored("a.pth")
+        cem_sup.score_samples(args, results, args.sampler)
     scored(None)
-    assert len(calls) == 1  # what is scored stays
+    assert "--inception-weights" in row("cs")["reason"] and not calls
     scored("absent.pth")
-    assert len(calls) == 2 and row("rcs")["fid"] is None and "no such file" in row("rcs")["reason"]
+    assert len(calls) == 1 and row("rcs")["fid"] is None and "no such file" in row("rcs")["reason"]
+    scored("a.pth")
+    assert calls[1:] == [(2, "a.pth", "cpu")] and row("rcs")["fid"] == 50.0 and row("rcs")["reason"] is None
+    scored("b.pth")
+    assert len(calls) == 2  # what is scored stays
 
 
 def test_learning_rate_and_weight_decay(tmp_path, monkeypatch):
@@ -414,7 +415,7 @@ def test_unusable_out(tmp_path, capsys):
     copy()
     (out / "results.json").write_text("{")
     assert "results.json" in error(capsys, *TINY, "--out", out)
-    assert "no checkpoint" in error(capsys, "--eval-only", "--out", tmp_path / "nothing")
+    assert "--eval-only: no" in error(capsys, "--eval-only", "--out", tmp_path / "nothing")
     run_script("cem_sup", *TINY, cwd=copied(tmp_path))  # a bare --smoke starts afresh, but for --eval-only
     run_script("cem_sup", "--smoke", "--eval-only", "--num-samples", 10, "--sample-steps", 1, cwd=tmp_path / "alone")
     (tmp_path / "file").write_text("")

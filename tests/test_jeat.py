@@ -338,7 +338,7 @@ def test_learning_rate_noise_and_crops(tmp_path, monkeypatch):
     out = ["--out", str(tmp_path), "--method", "at", "--attack-steps", "0"]
     args = jeat.parse_args([*TINY, *out, "--epochs", "10", "--lr-drops", "0.5", "0.7"])
     f, x, y = jeat.make_model("small"), torch.full((96, 3, 32, 32), 128, dtype=torch.uint8), torch.zeros(96).long()
-    jeat.train(f, None, x, y, args, None)
+    jeat.train(f, None, x, y, args, {"epoch": 0, "seconds": 0.0})
     attack = {"score": cross_entropy, "steps": 20, "step_size": 6 / 255, "eps": 24 / 255, "norm": "linf"}
     assert watched == [(96, attack)] * 2 and [r["epoch"] for r in epochs_of(tmp_path) if "pgd20_train" in r] == [5, 10]
     assert not crops and all(abs((x - 128 / 255).std().item() - 0.015) < 5e-4 for x, _ in inputs)
@@ -346,7 +346,7 @@ def test_learning_rate_noise_and_crops(tmp_path, monkeypatch):
     np.testing.assert_allclose([lr for lr, _, _ in seen], rates)
     assert all(rest == [(0.9, 0.999), 0] for _, *rest in seen)
     args.smoke, args.epochs = False, 1
-    jeat.train(f, None, x, y, args, None)
+    jeat.train(f, None, x, y, args, {"epoch": 0, "seconds": 0.0})
     assert crops == [{"mode": "reflect"}] * 3
 
 
