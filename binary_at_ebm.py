@@ -121,18 +121,16 @@ SMOKE = dict(arch="small", classes=[2], p0="rest", translate_from=3, epochs=(40,
 def parse_args(argv):
     label = {"type": int, "choices": range(10), "metavar": "0..9"}
     own = [("data", "--classes", dict(label, nargs="+", help="of p_data; default: all")),
-           ("data", "--p0", dict(metavar="SET", help="cifar100 (downloaded), noise, rest (the classes not in "
-                                 "--classes) or a .npy, uint8 [N, 32, 32, 3]; %(default)s")),
+           ("data", "--p0", dict(metavar="SET", help="cifar100, noise, rest (all but --classes), or a "
+                                 ".npy, uint8 [N, 32, 32, 3]; %(default)s")),
            ("training", "--mode", dict(choices=("generation", "ood"), help="(a, b): their defaults")),
-           ("training", "--max-steps", dict(COUNT, help="without --attack-steps K = 0, 1, ... N by the gate; "
-                                            "at N to the end of --epochs; %(default)s")),
+           ("training", "--max-steps", dict(COUNT, help="the gate's last K, to the end; %(default)s")),
            ("training", "--auc-threshold", dict(REAL, help="of the gate; %(default)s")),
            ("training", "--auc-window", dict(COUNT, help="iterations, of the gate; %(default)s")),
            ("training", "--epochs-per-step", dict(COUNT, help="at most, at each K < N; %(default)s")),
            ("attack", "--positive-steps", dict(COUNT, help="J, on p_data, in the control too; %(default)s")),
            ("sampling", "--translate-from", dict(label, help="start from this class's test images, too")),
-           ("evaluation", "--ood-sets", dict(nargs="*", metavar="SET", help="as --p0, or svhn (downloaded); "
-                                             "%(default)s")),
+           ("evaluation", "--ood-sets", dict(nargs="*", metavar="SET", help="as --p0, or svhn; %(default)s")),
            ("evaluation", "--ood-images", dict(COUNT, help="of each set; %(default)s")),
            ("evaluation", "--ood-steps", dict(COUNT, help="of 2.5 eps / N, five times; %(default)s"))]
     POSITIVE_FLAGS.extend(("auc_window", "ood_images", "ood_steps"))
@@ -150,7 +148,6 @@ def parse_args(argv):
     if args.translate_from is None and "translation" not in (sys.argv if argv is None else argv):
         args.sampler = ["ascent"]
     return args
-
 
 
 def load_set(name, args, rest, train=False):
@@ -176,7 +173,6 @@ def load_set(name, args, rest, train=False):
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
-
 # ================================================================ train, sample, evaluate
 def train(f, x_train, p_0, args, state):
     """Train f in place, from `state` (what the checkpoint holds, with the gate's stage) to --epochs."""
@@ -185,7 +181,7 @@ def train(f, x_train, p_0, args, state):
     else:
         optimizer, r1 = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, nesterov=True), 0.0
     restore(args, state, f, optimizer)
-    K, last = (0, args.max_steps) if args.attack_steps is None else (args.attack_steps, args.attack_steps)
+    K, last = (0, args.max_steps) if args.attack_steps is None else [args.attack_steps] * 2
     stage = state.setdefault("stage", {"K": K, "window": [], "iteration": 0})
     n, first, begun = len(x_train), state["epoch"], time.time()
     most = args.epochs_per_step * math.ceil(n / args.batch_size)
@@ -454,7 +450,8 @@ def check_loss(args, loss):
 NAME = Path(__file__).stem
 SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
                   "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp")
-FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device"}
+FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device",
+              "cuda_graphs"}
 POSITIVE_FLAGS = "epochs batch_size limit_train limit_test num_samples sample_batch_size".split()
 COUNT, REAL = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
 
@@ -477,6 +474,7 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     model("--arch", choices=archs, help="%(default)s")
     model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
     model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
+    model("--cuda-graphs", action="store_true", help="for small batches; no measurement yet")
     training("--epochs", **COUNT, help="passes over the data; may grow in the same --out; %(default)s")
     training("--batch-size", **COUNT, help="images; %(default)s")
     training("--lr", **REAL, help="learning rate; %(default)s")
@@ -522,7 +520,7 @@ def fail(message, code=2):
 def main(argv=None):
     args = parse_args(argv)
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark, ascend.cuda_graphs = True, args.cuda_graphs
     socket.setdefaulttimeout(10)  # a silent download ends
     try:
         run(args)

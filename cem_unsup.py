@@ -164,7 +164,6 @@ def parse_args(argv):
     return args
 
 
-
 # ================================================================ train, sample, evaluate
 def train(g, x_train, args, state):
     """Train g in place, from `state` (what its checkpoint holds) to --epochs."""
@@ -403,7 +402,8 @@ def check_loss(args, loss):
 NAME = Path(__file__).stem
 SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
                   "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp")
-FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device"}
+FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device",
+              "cuda_graphs"}
 POSITIVE_FLAGS = "epochs batch_size limit_train limit_test num_samples sample_batch_size".split()
 COUNT, REAL = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
 
@@ -426,6 +426,7 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     model("--arch", choices=archs, help="%(default)s")
     model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
     model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
+    model("--cuda-graphs", action="store_true", help="for small batches; no measurement yet")
     training("--epochs", **COUNT, help="passes over the data; may grow in the same --out; %(default)s")
     training("--batch-size", **COUNT, help="images; %(default)s")
     training("--lr", **REAL, help="learning rate; %(default)s")
@@ -471,7 +472,7 @@ def fail(message, code=2):
 def main(argv=None):
     args = parse_args(argv)
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark, ascend.cuda_graphs = True, args.cuda_graphs
     socket.setdefaulttimeout(10)  # a silent download ends
     try:
         run(args)

@@ -10,14 +10,12 @@ the start x_0 and (step_size, eps, noise, steps), in nothing else: the general f
 Conventions: images are float32 [B, C, H, W] in [0, 1]; eps, steps, noise are in that space; logits f(x) are
 [B, K]; energies are E(x, y) = -f(x)[y] and E(x) = -log sum_k exp f(x)[k]. A score maps x [B, ...] to [B] and
 is *increased*: a log-density up to a constant. Attacks and samplers run inside `with eval_mode(f)`.
-
-This file needs torch, torchvision and numpy, and nothing else of the project.
 """
 import io
 import math
 import os
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,36 +35,93 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     noise         standard deviation of the Gaussian noise added at each step, inside the projection
     random_start  start in the ball: uniform direction and uniform radius (l2), uniform (linf)
     clamp         (low, high) box, applied last; None = no box
-    callback      callback(k, x_k, score_k) before step k = 0..steps-1, with the score [B] there; read only
+    callback      callback(k, x_k, score_k) for each step k = 0..steps-1, with the score [B] at x_k; read only
 
     Returns the last iterate, detached. A zero gradient gives a zero step. Leaves x, the parameters (.grad and
     requires_grad) and every module's mode alone; the gradient is taken with respect to x only. ValueError: an
     unknown norm; negative steps, step_size, eps, noise; random_start with infinite eps; x not float [B, ...].
     """
     _check(x, steps, step_size, eps, norm, noise, random_start)
-    x_0, (low, high) = x.detach(), clamp or (-math.inf, math.inf)
+    x_0, clamp = x.detach(), clamp or (-math.inf, math.inf)
     if steps == 0:
         return x_0.clone()
-    x_k = (x_0 + _random_offset(x_0, eps, norm, generator)).clamp(low, high) if random_start else x_0
+    x_k = (x_0 + _random_offset(x_0, eps, norm, generator)).clamp(*clamp) if random_start else x_0
+    step = partial(_step, score, x_0, step_size, eps, norm, noise, clamp)
+    step = _graphed(step) if ascend.cuda_graphs and callback is None else step
     for k in range(steps):
-        s, g = _value_and_gradient(score, x_k)
+        xi = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) if noise else x_0
+        x_next, s = step(x_k, xi)
         if callback is not None:
             callback(k, x_k, s)
-        x_k = x_k + step_size * steepest(g, norm)
-        if noise:
-            x_k = x_k + noise * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        x_k = project(x_k, x_0, eps, norm).clamp(low, high)
+        x_k = x_next
     return x_k
 
 
+def _step(score, x_0, step_size, eps, norm, noise, clamp, x_k, xi):
+    """The module's formula -> x_{k+1}, and the score at x_k."""
+    s, g = _value_and_gradient(score, x_k)
+    x = x_k + step_size * steepest(g, norm)
+    x = x + noise * xi if noise else x
+    return project(x, x_0, eps, norm).clamp(*clamp), s
+
+
+# ---------------------------------------------------------------- the same step from a CUDA graph
+ascend.cuda_graphs = False  # a program may set it: small batches are bound by kernel launches
+_graphs = {}  # {all that capture bakes in: (inputs, x_k, xi, replay, outputs)}
+_pool = cache(torch.cuda.graph_pool_handle)  # one memory for all, since none runs beside another
+
+
+def _graphed(step):
+    """`step`, a partial of _step, from a CUDA graph, captured once; itself off CUDA, in train mode, or for a
+    score that is not of this file."""
+    score, x_0, *settings = step.args
+    f, *args = getattr(score, "args", [None])
+    if not (x_0.is_cuda and getattr(score, "func", None) in _SCORES and isinstance(f, torch.nn.Module)
+            and not any(m.training for m in f.modules())):
+        return step
+    tensors = [x_0, *filter(torch.is_tensor, args)]
+    amp = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    key = (score.func, f, *settings, *amp, *(a for a in args if not torch.is_tensor(a)),
+           *((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
+           *(t.data_ptr() for t in (*f.parameters(), *f.buffers())))  # moved weights: another graph
+    if key not in _graphs:
+        copies = [t.clone() for t in (x_0, x_0, *tensors)]  # x_k, xi, x_0, the score's
+        own = iter(copies[3:])
+        score = partial(score.func, f, *(next(own) if torch.is_tensor(a) else a for a in args))
+        try:  # without the cache of casts, which would keep the weights of this moment
+            with torch.cuda.device(x_0.device), torch.autocast("cuda", *amp, cache_enabled=False):
+                _graphs[key] = copies, *_capture(partial(_step, score, copies[2], *settings, *copies[:2]))
+        except RuntimeError as e:
+            ascend.cuda_graphs = False
+            print(f"no CUDA graphs, eager steps from here on: {' '.join(str(e).split())[:200]}")
+            return step
+    copies, replay, outputs = _graphs[key]
+
+    def replayed(x_k, xi):
+        for copy, new in zip(copies, (x_k, xi, *tensors)):
+            copy.copy_(new)
+        replay()
+        return [t.clone() for t in outputs]
+    return replayed
+
+
+def _capture(step):
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # cuDNN's choices and workspaces: before the capture
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph, pool=_pool()):
+        outputs = step()
+    return graph.replay, outputs
+
+
 def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generator=None, callback=None):
-    """Langevin: x + step_size * grad score(x) + sqrt(2 * step_size * temperature) * xi (CEM, the slides).
-    `ascend` with the raw gradient; arguments and errors as there; temperature >= 0. Its law tends to
-    exp(score / temperature) as step_size -> 0."""
-    if not (temperature >= 0 and step_size >= 0):
-        raise ValueError(f"temperature and step_size must be >= 0, not {temperature} and {step_size}")
-    return ascend(score, x, steps, step_size, norm="none", noise=math.sqrt(2 * step_size * temperature),
-                  clamp=clamp, generator=generator, callback=callback)
+    """Langevin: x + step_size * grad score(x) + sqrt(2 * step_size * temperature) * xi (CEM, the slides). Its
+    law tends to exp(score / temperature) as step_size -> 0. Arguments and errors as in `ascend`."""
+    noise = math.copysign(math.sqrt(2 * abs(step_size * temperature)), temperature)  # refused where negative
+    return sgld(score, x, steps, step_size, noise, clamp=clamp, generator=generator, callback=callback)
 
 
 def sgld(score, x, steps, step_size, noise, *, clamp=None, generator=None, callback=None):
@@ -77,18 +132,14 @@ def sgld(score, x, steps, step_size, noise, *, clamp=None, generator=None, callb
 
 
 def worst_case(score, x, steps, step_size, *, eps, restarts=1, norm="l2", generator=None):
-    """The best of `score` over x itself, all iterates and all restarts -> (x_best [B, ...], value [B]).
-
-    The attack of AT-EBM's worst-case OOD detection. The first restart starts from x, the others from random
-    points of the ball; arguments and errors as in `ascend`.
-    """
+    """The best of `score` over x itself, all iterates and all restarts -> (x_best [B, ...], value [B]), for
+    AT-EBM's worst-case OOD detection. The first restart starts from x, the others from random points of the
+    ball; arguments and errors as in `ascend`."""
     best, value = x.detach().clone(), torch.full((len(x),), -math.inf, device=x.device)
 
     def keep(_, x_k, s):
-        better = s > value
-        value[:] = torch.where(better, s, value)
-        best[:] = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x_k, best)
-
+        best[:] = torch.where((s > value).view(-1, *[1] * (x.ndim - 1)), x_k, best)
+        value[:] = torch.where(s > value, s, value)
     for restart in range(restarts):
         x_k = ascend(score, x, steps, step_size, eps=eps, norm=norm, random_start=restart > 0,
                      generator=generator, callback=keep)
@@ -162,36 +213,21 @@ def eval_mode(*modules):
 
 # ---------------------------------------------------------------- scores
 # Each constructor returns functools.partial of a module-level function: its tensors are visible (score.args).
-# f maps x to logits [B, K]; y is int64 [B]; p_k = softmax(f)_k. The supervised ones are a f_y + b LSE f, of
-# gradient a grad f_y + b sum_k p_k grad f_k.
-def log_p_y_given_x(f, y):
-    """TA (Santurkar et al., 2019): log p(y|x) = f_y - LSE f."""
-    return partial(_supervised, f, y, 1, -1)
+# f maps x to logits [B, K]; y is int64 [B]; p_k = softmax(f)_k. The supervised scores are a f_y + b LSE f, of
+# gradient a grad f_y + b sum_k p_k grad f_k; LSE f = log sum_k exp f_k.
+def _supervised_score(a, b, doc):
+    def score(f, y=None):
+        return partial(_supervised, f, y, a, b)
+    score.__doc__ = doc
+    return score
 
 
-def log_p_x(f):
-    """Langevin (CEM), SGLD (JEM): log p(x) + const = LSE f = -E(x)."""
-    return partial(_supervised, f, None, 0, 1)
-
-
-def log_p_x_given_y(f, y):
-    """CS, conditional sampling (CEM): log p(x|y) + const = f_y = -E(x, y)."""
-    return partial(_supervised, f, y, 1, 0)
-
-
-def reinforced(f, y):
-    """RCS, reinforced conditional sampling (CEM): f_y + LSE f."""
-    return partial(_supervised, f, y, 1, 1)
-
-
-def cross_entropy(f, y):
-    """The supervised attack: CE(x, y) = -log p(y|x) = LSE f - f_y."""
-    return partial(_supervised, f, y, -1, 1)
-
-
-def joint_energy_score(f, y):
-    """JEAT's attack: raises E(x, y) = -f_y."""
-    return partial(_supervised, f, y, -1, 0)
+log_p_y_given_x = _supervised_score(1, -1, "TA (Santurkar et al., 2019): log p(y|x) = f_y - LSE f, (f, y).")
+log_p_x = _supervised_score(0, 1, "Langevin (CEM), SGLD (JEM): log p(x) + const = LSE f = -E(x), (f).")
+log_p_x_given_y = _supervised_score(1, 0, "CS (CEM): log p(x|y) + const = f_y = -E(x, y), (f, y).")
+reinforced = _supervised_score(1, 1, "RCS, reinforced conditional sampling (CEM): f_y + LSE f, (f, y).")
+cross_entropy = _supervised_score(-1, 1, "The supervised attack: CE = -log p(y|x) = LSE f - f_y, (f, y).")
+joint_energy_score = _supervised_score(-1, 0, "JEAT's attack: raises E(x, y) = -f_y, (f, y).")
 
 
 def logit(f, sign=1):
@@ -252,6 +288,9 @@ def _entropy(g, temperature, x):
     return -_similarity(z, z.detach(), temperature).logsumexp(1)
 
 
+_SCORES = _supervised, _logit, _info_nce, _entropy
+
+
 # ---------------------------------------------------------------- starts
 class Gaussians(NamedTuple):
     """What fit_gaussians returns, with sample()."""
@@ -261,9 +300,7 @@ class Gaussians(NamedTuple):
 
     def sample(self, n_or_labels, generator=None):
         """float32 samples, clamped to [0, 1]: n of a pooled fit, or one per label (int64 [B]) of another.
-
-        ValueError: a number for a class-wise fit, or a label that it has not seen.
-        """
+        ValueError: a number for a class-wise fit, or a label that it has not seen."""
         device, classes, pooled = self.mean.device, len(self.rows), isinstance(n_or_labels, int)
         labels = torch.zeros(n_or_labels, dtype=torch.long) if pooled else n_or_labels.cpu()
         if pooled and classes > 1 or not set(labels.tolist()) <= set(range(classes)):
@@ -279,11 +316,9 @@ class Gaussians(NamedTuple):
 
 def fit_gaussians(x, y=None, jitter=1e-4):
     """Class-wise Gaussians N(mu_c, Sigma_c + jitter * I) over the pixels, or one pooled (y = None).
-
     x: uint8, or float in [0, 1], [N, ...]; y: int64 [N], every class 0..max(y) present. Sigma divides by n.
     Santurkar et al., 2019 (their notebook). Sampled without a factorisation: mu + (X - mu)^T z / sqrt(n)
-    + sqrt(jitter) * xi has that very law. Keeps a float32 copy of x, on its device. ValueError: empty class.
-    """
+    + sqrt(jitter) * xi has that law. Keeps a float32 copy of x, on its device. ValueError: an empty class."""
     scale = 255 if x.dtype == torch.uint8 else 1
     groups = [x] if y is None else [x[y == c] for c in range(int(y.max()) + 1)]
     if min(map(len, groups)) == 0:
@@ -293,12 +328,13 @@ def fit_gaussians(x, y=None, jitter=1e-4):
     return Gaussians(torch.stack(means), rows, jitter)
 
 
-class ReplayBuffer:
-    """float32 [size, *shape], ends of SGLD chains (JEM); a chain starts afresh with probability reinit."""
+class ReplayBuffer(torch.nn.Module):
+    """x, float32 [size, *shape], ends of SGLD chains (JEM); a chain starts afresh with probability reinit."""
 
     def __init__(self, size, shape, reinit=0.05, device="cpu", generator=None):
+        super().__init__()
         self.reinit, self.random = reinit, dict(device=device, generator=generator)
-        self.x = torch.rand(size, *shape, **self.random)
+        self.register_buffer("x", torch.rand(size, *shape, **self.random))
 
     def sample(self, n):
         """Starts x_0 [n, *shape], fresh ones uniform in [0, 1], and their distinct idx [n], n <= size."""
@@ -311,20 +347,12 @@ class ReplayBuffer:
         """Write the chains' ends x [n, *shape] back."""
         self.x[idx] = x.detach()
 
-    def state_dict(self):
-        return {"x": self.x}
-
-    def load_state_dict(self, state):
-        self.x.copy_(state["x"])
-
 
 # ---------------------------------------------------------------- evaluation and files
 def accuracy(f, x, y, score=None, *, batch_size=250, progress=None, **ascend_args):
     """Share of x that f classifies as y, in eval mode; under attack where a score constructor is given.
-
     x: uint8, or float in [0, 1], [N, C, H, W]; y: int64 [N]; score: e.g. cross_entropy, used as score(f, y);
-    ascend_args: of `ascend` (steps, step_size, ...); progress(done): per batch. ValueError: N = 0, y not [N].
-    """
+    ascend_args: of `ascend` (steps, step_size, ...); progress(done). ValueError: N = 0, y not [N]."""
     if len(x) == 0 or y.shape != x.shape[:1]:
         raise ValueError(f"accuracy: no images, or labels {list(y.shape)} for {len(x)} images")
     correct = torch.zeros((), dtype=torch.long, device=x.device)
@@ -351,19 +379,15 @@ def to_uint8(x):
 
 def save_samples(prefix, x, labels=None):
     """Write prefix.npz and prefix.png, under temporary names first, so that an old file is replaced whole.
-
     x: [N, C, H, W], uint8, or float in [0, 1] (rounded to nearest). npz: arr_0 uint8 [N, H, W, C], and arr_1
-    int64 [N] for labels: guided-diffusion's convention. png: at most 10 x 10; with labels, a row per class.
-    """
+    int64 [N] for labels: guided-diffusion's form. png: at most 10 x 10; with labels, a row per class."""
     x = to_uint8(x.detach()).cpu()
-    arrays = [x.permute(0, 2, 3, 1).contiguous().numpy()]
-    shown = torch.arange(min(len(x), 100))
+    arrays, shown, columns = [x.permute(0, 2, 3, 1).contiguous().numpy()], torch.arange(min(len(x), 100)), 10
     if labels is not None:
-        labels = labels.cpu().long()
-        arrays.append(labels.numpy())
+        arrays.append((labels := labels.cpu().long()).numpy())
         rows = [(labels == c).nonzero().squeeze(1)[:10] for c in labels.unique().tolist()[:10]]
-        shown = torch.cat([r[: min(map(len, rows))] for r in rows])  # equally long rows
-    columns = min(10, len(shown)) if labels is None else len(shown) // len(rows)
+        columns = min(map(len, rows))
+        shown = torch.cat([r[:columns] for r in rows])  # equally long rows
     grid = torchvision.utils.make_grid(x[shown], nrow=columns, padding=2, pad_value=255)
     picture = torchvision.transforms.functional.to_pil_image(grid)
     npz, png = io.BytesIO(), io.BytesIO()

@@ -418,7 +418,7 @@ def test_defaults_of_the_two_modes(capsys):
     with pytest.raises(SystemExit):
         binary_at_ebm.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "(0.0005, 0.1)" in shown and "at N to the end of --epochs" in shown
+    assert "(0.0005, 0.1)" in shown and "the gate's last K" in shown
 
 
 def optimizers(monkeypatch):

@@ -1,5 +1,6 @@
 """samplers.py against closed forms: steps, projections, laws, scores and the statements that CEM rests on."""
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from PIL import Image
 from torch import nn
 
 import samplers
-from samplers import (ReplayBuffer, accuracy, ascend, cross_entropy, eval_mode, fit_gaussians, joint_energy_score,
-                      langevin, log_p_x, log_p_x_given_y, log_p_y_given_x, logit, project, reinforced, replace_files,
-                      save_samples, sgld, steepest, to_float, to_uint8, worst_case)
+from samplers import (ReplayBuffer, accuracy, ascend, cross_entropy, entropy, eval_mode, fit_gaussians, info_nce,
+                      joint_energy_score, langevin, log_p_x, log_p_x_given_y, log_p_y_given_x, logit, project,
+                      reinforced, replace_files, save_samples, sgld, steepest, to_float, to_uint8, worst_case)
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -540,3 +541,117 @@ def test_one_sample_and_a_failed_write(tmp_path, monkeypatch, labels, owner, wri
     with pytest.raises(OSError, match="disk full"):
         save_samples(tmp_path / "a", 255 - x, labels)
     assert (tmp_path / f"a.{suffix}").read_bytes() == old  # the old file survives
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+
+class Net(torch.nn.Module):
+    def __init__(self, out=10):
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(3, 8, 3, 2), torch.nn.Linear(8, out)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+
+
+def scores_of(f, one, x, y):
+    """Every kind of score, of nets with ten logits and with one."""
+    return {"ta": log_p_y_given_x(f, y), "x": log_p_x(f), "up": logit(one), "down": logit(one, -1),
+            "nce": info_nce(f, x.flip(0), 0.5), "pgd": info_nce(f, x.flip(0), 0.5, False),
+            "both": info_nce(f, None, 1.0), "entropy": entropy(f, 0.5)}
+
+
+class Recorded:
+    """Stands in for the GPU in samplers._capture: a replay writes to the outputs of the capture, from its inputs."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, step):
+        self.captures += 1
+        outputs = step()
+
+        def replay():
+            self.replays += 1
+            for old, new in zip(outputs, step()):
+                old.copy_(new)
+        return replay, outputs
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """All that surrounds the capture, on a CPU."""
+    monkeypatch.setattr(samplers, "_graphs", {})
+    monkeypatch.setattr(samplers, "_capture", recorded := Recorded())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(ascend, "cuda_graphs", True)
+    return recorded
+
+
+def eager(*args, **kwargs):
+    ascend.cuda_graphs = False
+    try:
+        return ascend(*args, **kwargs)
+    finally:
+        ascend.cuda_graphs = True
+
+
+FLAGS = [dict(), dict(eps=0.3, random_start=True), dict(norm="linf", eps=0.1),
+         dict(norm="none", noise=0.05, clamp=None)]
+
+
+def check_replays_equal_eager(device, exact):
+    torch.manual_seed(0)
+    f, one = Net().to(device).eval(), Net(1).to(device).eval()
+    for seed in (0, 1):  # the second time everything is captured already
+        g = lambda: torch.Generator(device).manual_seed(seed)  # noqa: E731
+        x = torch.rand(6, 3, 8, 8, generator=g(), device=device)
+        y = torch.randint(10, (6,), generator=g(), device=device)
+        for score in scores_of(f, one, x, y).values():
+            for flags in FLAGS:
+                exact(ascend(score, x, 3, 0.1, generator=g(), **flags), eager(score, x, 3, 0.1, generator=g(), **flags))
+    for change in (lambda: f.fc.weight.data.mul_(3), lambda: setattr(f.fc.weight, "data", -f.fc.weight.data)):
+        change()  # in place, and to another memory
+        exact(ascend(log_p_x(f), x, 2, 0.1), eager(log_p_x(f), x, 2, 0.1))
+
+
+def test_replays_equal_eager_steps(recorded):
+    """Other labels, positives, images, weights, signs, radii: what is baked in has a graph of its own, the rest is
+    copied in. 8 scores x 4 settings, and one more for the moved weights."""
+    check_replays_equal_eager("cpu", exact)
+    assert recorded.captures == 8 * 4 + 1 and recorded.replays == 2 * 8 * 4 * 3 + 2 * 2
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_what_is_not_captured_runs_eagerly(recorded):
+    f, x = Net().eval(), torch.rand(4, 3, 8, 8)
+    exact(ascend(lambda x: f(x).sum(1), x, 2, 0.1), eager(lambda x: f(x).sum(1), x, 2, 0.1))  # tensors not visible
+    ascend(log_p_x(lambda x: f(x)), x, 1, 0.1)
+    ascend(log_p_x(f.train()), x, 1, 0.1)
+    seen = []
+    ascend(log_p_x(f.eval()), x, 1, 0.1, callback=lambda k, x, s: seen.append(k))
+    assert not recorded.captures and seen == [0]
+    with torch.autocast("cuda", torch.bfloat16):  # another precision: another graph
+        ascend(log_p_x(f), x, 1, 0.1)
+    ascend(log_p_x(f), x, 1, 0.1)
+    ascend(log_p_x(f), x[:2], 1, 0.1)
+    assert recorded.captures == 3
+
+
+def test_where_capture_fails_one_line_says_so(recorded, monkeypatch, capsys):
+    def fail(step):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+    monkeypatch.setattr(samplers, "_capture", fail)
+    f, x = Net().eval(), torch.rand(4, 3, 8, 8)
+    assert torch.equal(ascend(log_p_x(f), x, 2, 0.1), eager(log_p_x(f), x, 2, 0.1))
+    assert capsys.readouterr().out.count("\n") == 1 and ascend.cuda_graphs  # set again by eager(), here
+
+
+@pytest.mark.cuda
+def test_replays_equal_eager_steps_on_cuda(monkeypatch):
+    monkeypatch.setattr(ascend, "cuda_graphs", True)
+    monkeypatch.setattr(samplers, "_graphs", {})
+    check_replays_equal_eager("cuda", partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5))
+    assert len(samplers._graphs) == 8 * 4 + 1 and ascend.cuda_graphs  # no capture failed
