@@ -612,6 +612,10 @@ def check_replays_equal_eager(device, exact):
         for score in scores_of(f, one, x, y).values():
             for flags in FLAGS:
                 exact(ascend(score, x, 3, 0.1, generator=g(), **flags), eager(score, x, 3, 0.1, generator=g(), **flags))
+    for step, eps in ((0.2, 0.3), (0.1, 0.2), (0.2, 0.3)):
+        first = ascend(log_p_x(f), x, 2, step, eps=eps)
+        ascend(log_p_x(f), 1 - x, 2, step, eps=eps)  # leaves it alone
+        exact(first, eager(log_p_x(f), x, 2, step, eps=eps))
     for change in (lambda: f.fc.weight.data.mul_(3), lambda: setattr(f.fc.weight, "data", -f.fc.weight.data)):
         change()  # in place, and to another memory
         exact(ascend(log_p_x(f), x, 2, 0.1), eager(log_p_x(f), x, 2, 0.1))
@@ -619,9 +623,9 @@ def check_replays_equal_eager(device, exact):
 
 def test_replays_equal_eager_steps(recorded):
     """Other labels, positives, images, weights, signs, radii: what is baked in has a graph of its own, the rest is
-    copied in. 8 scores x 4 settings, and one more for the moved weights."""
+    copied in. 8 scores x 4 settings, two more of step and radius, and one for the moved weights."""
     check_replays_equal_eager("cpu", exact)
-    assert recorded.captures == 8 * 4 + 1 and recorded.replays == 2 * 8 * 4 * 3 + 2 * 2
+    assert recorded.captures == 8 * 4 + 2 + 1 and recorded.replays == 2 * 8 * 4 * 3 + 3 * 4 + 2 * 2
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
@@ -654,4 +658,4 @@ def test_replays_equal_eager_steps_on_cuda(monkeypatch):
     monkeypatch.setattr(ascend, "cuda_graphs", True)
     monkeypatch.setattr(samplers, "_graphs", {})
     check_replays_equal_eager("cuda", partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5))
-    assert len(samplers._graphs) == 8 * 4 + 1 and ascend.cuda_graphs  # no capture failed
+    assert len(samplers._graphs) == 8 * 4 + 3 and ascend.cuda_graphs  # no capture failed
