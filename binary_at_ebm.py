@@ -1,21 +1,22 @@
 """AT-EBM: an energy-based model as one logit, learned by binary adversarial training.
 
-Yin, Li, Rohde: Learning Energy-Based Models With Adversarial Training, ECCV 2022. D = sigmoid(f), E = -f.
+Yin, Li, Rohde: Learning Energy-Based Models With Adversarial Training, ECCV 2022. D = sigmoid(f),
+E = -f.
 
   training  max_D E_{x ~ p_data} log D(x) + E_{x ~ p_0} min_{x' in B(x, eps)} log(1 - D(x'))
             p_0: other images. At the optimum D = 1/2 on the support of p_data, D <= 1/2 off it
   attack    x' += a grad f / |grad f|, K steps; the data J steps the other way, with R1 on them
-  gate      K = 0, 1, ..., 25: on to the next once attacked data and attacked p_0 are told apart (AUC)
-  sampling  the same ascent, from p_0's images or from another class's (translation); E detects outliers
+  gate      K = 0, 1, ..., 25: on once attacked data and attacked p_0 are told apart (AUC)
+  sampling  the same ascent, from p_0's images or another class's (translation); E detects outliers
 
-  python binary_at_ebm.py                      generation: CIFAR-10, p_0 = CIFAR-100, both downloaded
-  python binary_at_ebm.py --mode ood           eps-balls and a fixed K, for the detection of outliers
-  python binary_at_ebm.py --classes 3 --p0 rest --translate-from 5       a model of cats; dogs become cats
-  python binary_at_ebm.py --smoke              everything, small, on drawn classes: 35 s on two CPU cores
+  python binary_at_ebm.py                      CIFAR-10, p_0 = CIFAR-100, both downloaded
+  python binary_at_ebm.py --mode ood           eps-balls, a fixed K: for the detection of outliers
+  python binary_at_ebm.py --classes 3 --p0 rest --translate-from 5             dogs become cats
+  python binary_at_ebm.py --smoke              small, no data: SMOKETIME s on two CPU cores
 
-Writes checkpoint.pt, log.jsonl, results.json, samples_{ascent,translation}.{png,npz} to --out; resumes.
-Defaults: [official] xuwangyin/AT-EBMs, whose p_0, 80M Tiny Images, is withdrawn: CIFAR-100 is [our
-substitution]; [assumed] our reading.
+Writes checkpoint.pt, log.jsonl, results.json, samples_{ascent,translation}.{png,npz} to --out;
+resumes. Defaults: [official] xuwangyin/AT-EBMs, whose p_0, 80M Tiny Images, is withdrawn:
+CIFAR-100 is [our substitution]; [assumed] our reading.
 """
 import argparse
 import io
@@ -123,12 +124,13 @@ def parse_args(argv):
     own = [("data", "--classes", dict(label, nargs="+", help="of p_data; default: all")),
            ("data", "--p0", dict(metavar="SET", help="cifar100, noise, rest (all but --classes), or a "
                                  ".npy, uint8 [N, 32, 32, 3]; %(default)s")),
-           ("training", "--mode", dict(choices=("generation", "ood"), help="(a, b): their defaults")),
+           ("training", "--mode", dict(choices=("generation", "ood"), help="(a, b): in each; %(default)s")),
            ("training", "--max-steps", dict(COUNT, help="the gate's last K, to the end; %(default)s")),
            ("training", "--auc-threshold", dict(REAL, help="of the gate; %(default)s")),
            ("training", "--auc-window", dict(COUNT, help="iterations, of the gate; %(default)s")),
            ("training", "--epochs-per-step", dict(COUNT, help="at most, at each K < N; %(default)s")),
            ("attack", "--positive-steps", dict(COUNT, help="J, on p_data, in the control too; %(default)s")),
+           ("attack", "--positive-eps", dict(REAL, help="radius, on p_data, or inf; %(default)s")),
            ("sampling", "--translate-from", dict(label, help="start from this class's test images, too")),
            ("evaluation", "--ood-sets", dict(nargs="*", metavar="SET", help="as --p0, or svhn; %(default)s")),
            ("evaluation", "--ood-images", dict(COUNT, help="of each set; %(default)s")),
@@ -140,12 +142,13 @@ def parse_args(argv):
         max_steps=25, auc_threshold=0.8, auc_window=100, epochs_per_step=5, norm="l2", attack_step_size=0.1,
         attack_steps=(None, 20), attack_eps=(INF, 0.5), positive_steps=(5, 10), positive_eps=(INF, 0.25),
         start="p0", sample_norm="l2", sample_steps=32, sample_step_size=0.2, sample_eps=INF, sample_noise=0.0,
-        ood_images=1024, ood_eps=1.0, ood_steps=100,  # there with APGD
+        ood_images=1024, ood_eps=1.0, ood_steps=100,
         epochs=(200, 100), num_samples=50000, sample_batch_size=500,  # [assumed, but for the 100]
         p0="cifar100", ood_sets=["svhn", "cifar100", "noise"])  # [our substitution]; there ImageNet-32 too
     vars(args).update({k: v[args.mode == "ood"] for k, v in vars(args).items() if isinstance(v, tuple)})
     FREE_FLAGS.update(("translate_from", "ood_sets", "ood_eps", *OOD_FLAGS))
-    if args.translate_from is None and "translation" not in (sys.argv if argv is None else argv):
+    if args.translate_from is None and len(args.sampler) == 2:
+        print("no --translate-from: no translation")
         args.sampler = ["ascent"]
     return args
 
@@ -244,10 +247,9 @@ def detect(name, f, x_data, x, args):
     """AUROC of the logit, of test data x_data against images x: clean, and attacked to raise their logits."""
     torch.manual_seed(args.seed)
     x = to_float(x[torch.randperm(len(x))[:args.ood_images].to(x.device)].to(x_data.device))
-    worst, begun, step_size = [], time.time(), 2.5 * args.ood_eps / args.ood_steps  # ours
-    for b in x.split(256):  # [official], there by APGD
-        worst.append(worst_case(logit(f), b, args.ood_steps, step_size, eps=args.ood_eps, restarts=5,
-                                norm=args.norm)[1])
+    worst, begun, step_size = [], time.time(), 2.5 * args.ood_eps / args.ood_steps  # ours: there APGD
+    for b in x.split(256):
+        worst.append(worst_case(logit(f), b, args.ood_steps, step_size, eps=args.ood_eps, restarts=5)[1])
         progress(f"outliers, {name}", begun, len(x), sum(map(len, worst)))
     f_data, clean = scores(f, x_data), scores(f, x)
     worst = torch.cat(worst).maximum(clean)  # the last digits depend on the batch
@@ -281,14 +283,14 @@ def run(args):
     results |= {"K": K, "energy": {name: quantiles(f, x) for name, x in energies.items()}}
     ascent = p_0[order.repeat(-(-args.num_samples // len(order)))[:args.num_samples]]
     for name in args.sampler:
-        once(args, results, "samples", name, [*SAMPLING_FLAGS, "translate_from"],
+        once(args, results, "samples", name, [*SAMPLING_FLAGS, *["translate_from"] * (name == "translation")],
              lambda: write_samples(name, f, {"ascent": ascent, "translation": source}[name], args))
     for name in args.ood_sets:
         try:
             x = load_set(name, args, rest)
         except Exception as e:
             print(f"--ood-sets {name}: skipped, {e}")
-            results.setdefault("ood", {})[name] = {"skipped": str(e)}
+            results.setdefault("ood", {}).setdefault(name, {"skipped": str(e)})
         else:
             once(args, results, "ood", name, OOD_FLAGS, lambda: detect(name, f, x_test, x, args))
     score_samples(args, results, args.sampler)
@@ -364,11 +366,12 @@ def log(args, results=None, **fields):
 def once(args, results, section, name, flags, work):
     """results[section][name] = work(), unless results.json has it for the same flags."""
     begun, phase, made_with = time.time(), f"{section} {name}", {k: str(vars(args)[k]) for k in flags}
-    if results["done"].get(phase) == made_with:
+    there = section != "samples" or Path(f"{args.out}/samples_{name}.npz").exists()
+    if results["done"].get(phase) == made_with and there:
         return print(f"{phase}: already in {args.out}")
-    results["done"].pop(phase, None)
+    results["done"].pop(phase, None), results.setdefault(section, {}).pop(name, None)
     log(args, results, event=f"{phase} begins")  # a kill from here on leaves no row of other samples
-    results.setdefault(section, {})[name] = work()
+    results[section][name] = work()
     results["done"][phase], results["seconds"][name] = made_with, time.time() - begun
     log(args, results, event=phase, seconds=time.time() - begun)
 
@@ -381,6 +384,7 @@ def score_samples(args, results, names):
         score_rows(rows, args.data, args.inception_weights, args.device, never=args.smoke)
     except ImportError as e:
         print(f"no IS and FID: {e}")
+        results["samples"] |= {k: {"fid": None, "reason": str(e)} | results["samples"][k] for k in names}
     log(args, results, event="scores")
 
 
@@ -394,17 +398,19 @@ def open_out(args):
     if not path.exists():
         return fail(f"--eval-only: no {path}") if args.eval_only else {"epoch": 0, "seconds": 0.0}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        script, epoch, theirs = state["script"], state["epoch"], state["args"]
-        state["results"] |= json.loads(results.read_text()) if results.exists() else {}
+        state = torch.load(read := path, map_location="cpu", weights_only=True)
+        script, epoch, theirs, mine = state["script"], state["epoch"], state["args"], vars(args)
+        old = json.loads(results.read_text()) if (read := results).exists() else {}
+        state["results"] = old if old.get("epoch") == epoch else state["results"]
     except Exception as e:
-        damaged = results if isinstance(e, json.JSONDecodeError) else path
-        fail(f"{damaged} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
-    fixed = sorted(theirs.keys() - FREE_FLAGS) if script == NAME else ()
-    other = "".join(f"; {k} was {theirs[k]}, is {vars(args)[k]}" for k in fixed if vars(args)[k] != theirs[k])
+        fail(f"{read} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
+    fixed = sorted((theirs.keys() | mine) - FREE_FLAGS) if script == NAME else ()
+    changed = [k for k in fixed if mine.get(k) != theirs.get(k)]
+    other = "".join(f"; {k} was {theirs.get(k)}, is {mine.get(k)}" for k in changed)
     if args.eval_only and script == NAME:
-        vars(args).update({k: theirs[k] for k in fixed}, epochs=epoch)
-    elif script != NAME or other or args.epochs < epoch:
+        print(f"--eval-only takes the training's flags from the checkpoint{other}")
+        mine.update({k: theirs[k] for k in fixed if k in theirs}, epochs=epoch)
+    elif script != NAME or changed or args.epochs < epoch:
         fail(f"{path}: {script}.py, {epoch} epochs. --epochs may grow, all else needs another --out{other}")
     elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
@@ -432,11 +438,12 @@ def end_epoch(args, state, model, optimizer, begun, n, **figures):
                   rng=torch.get_rng_state(), model=model.state_dict(), optimizer=optimizer.state_dict())
     if "cuda" in args.device:
         state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-    state["results"] = {"seconds": {"train": state["seconds"]}, "accuracy": {}, "samples": {}, "done": {}}
+    state["results"] = {"epoch": state["epoch"], "seconds": {"train": state["seconds"]}, "accuracy": {},
+                        "samples": {}, "done": {}}
     torch.save(state, buffer := io.BytesIO())
-    Path(args.out, "results.json").unlink(missing_ok=True)  # of the checkpoint before
-    replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
     log(args, event="epoch", epoch=state["epoch"], **figures, seconds=took, images_per_s=n / took)
+    replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
+    Path(args.out, "results.json").unlink(missing_ok=True)  # of another checkpoint
 
 
 def check_loss(args, loss):
@@ -474,7 +481,7 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     model("--arch", choices=archs, help="%(default)s")
     model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
     model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
-    model("--cuda-graphs", action="store_true", help="for small batches; no measurement yet")
+    model("--cuda-graphs", action="store_true", help="replayed steps, for small batches; unmeasured")
     training("--epochs", **COUNT, help="passes over the data; may grow in the same --out; %(default)s")
     training("--batch-size", **COUNT, help="images; %(default)s")
     training("--lr", **REAL, help="learning rate; %(default)s")
@@ -504,8 +511,9 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     args.amp = "cuda" in args.device if args.amp is None else args.amp
     args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
     for flag, v in vars(args).items():
-        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("eps") else 2 ** 63 - 1024
-        if type(v) in (int, float) and not (low <= v <= high and v == v):
+        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("_eps") else 2 ** 63 - 1024
+        numbers = [n for n in (v if isinstance(v, list) else [v]) if type(n) in (int, float)]
+        if not all(low <= n <= high for n in numbers):
             fail(f"--{flag.replace('_', '-')} must be {'> 0' if low else '>= 0'} and finite, not {v}")
     return args
 

@@ -1,21 +1,21 @@
-"""Supervised CEM: adversarial training as maximum likelihood, and the samplers that follow from it.
+"""Supervised CEM: adversarial training as maximum likelihood, and the samplers that follow.
 
-Wang, Wang, Yang, Lin: A Unified Contrastive Energy-based Model for Understanding the Generative Ability of
-Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, with the classifier's logits f(x, y) = f(x)[y].
+Wang, Wang, Yang, Lin: A Unified Contrastive Energy-based Model for Understanding the Generative
+Ability of Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, f the classifier's logits.
 
-  training  min_theta E max_{|x_hat - x| <= eps} CE(x_hat, y)                    adversarial training (AT)
-  inner     x_hat += a [ grad log sum_k exp f(x_hat, k) - grad f(x_hat, y) ]     Langevin on log p(x), biased
-  outer     grad E log p(x, y) = E [ grad f(x, y) - grad f(x_hat, y) ]           consistency, which AT omits
-                               + E [ grad f(x_hat, y) - grad f(x_hat, y_hat) ]   contrastive, AT's direction
-  sampling  ascend log p(y|x) (TA), log p(x) (Langevin), log p(x|y) (CS), f_y + log sum_k exp f_k (RCS)
+  training  min_theta E max_{|x_hat - x| <= eps} CE(x_hat, y)             adversarial training (AT)
+  inner     x_hat += a [ grad log sum_k exp f(x_hat, k) - grad f(x_hat, y) ]      Langevin, biased
+  outer     grad E log p(x, y) = E [ grad f(x, y) - grad f(x_hat, y) ]      consistency: not in AT
+                               + E [ grad f(x_hat, y) - grad f(x_hat, y_hat) ]   contrastive: AT's
+  sampling  ascend log p(y|x) (TA), log p(x) (Langevin), log p(x|y) (CS), f_y + LSE f (RCS)
 
-  python cem_sup.py                              the paper's net, on CIFAR-10 (downloaded): ResNet-50, l2 0.5
+  python cem_sup.py                            the paper's run: CIFAR-10 (downloaded), ResNet-50
   python cem_sup.py --arch resnet18 --epochs 30
-  python cem_sup.py --smoke                      small, on drawn classes, no data: 29 to 52 s on two CPU cores
+  python cem_sup.py --smoke                    small, no data: SMOKETIME s on two CPU cores
 
-Writes checkpoint.pt, log.jsonl, results.json, samples_{ta,langevin,cs,rcs}.{png,npz} to --out; started again,
-it goes on. Sources of the defaults: [paper] the authors' slides; [robustness] MadryLab/robustness, on which
-the paper builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019; [assumed] our reading.
+Writes checkpoint.pt, log.jsonl, results.json, samples_{ta,langevin,cs,rcs}.{png,npz} to --out;
+resumes. Sources of the defaults: [paper] the authors' slides; [robustness] MadryLab/robustness, on
+which the paper builds; [Santurkar] Santurkar et al., NeurIPS 2019, code; [assumed] our reading.
 """
 import argparse
 import io
@@ -96,8 +96,8 @@ def make_model(arch="resnet50"):
 
 
 # ================================================================ its own arguments
-SMOKE = dict(arch="small", epochs=12, lr_drops=[0.7, 0.9], attack_eps=3.0, attack_steps=3,
-             attack_step_size=2.5, sample_steps=30, num_samples=200, limit_test=500)
+SMOKE = dict(arch="small", epochs=11, lr_drops=[0.75, 0.9], attack_eps=3.0, attack_steps=3,
+             attack_step_size=2.5, sample_steps=30, num_samples=100, limit_test=400)
 
 
 def parse_args(argv):
@@ -257,11 +257,12 @@ def log(args, results=None, **fields):
 def once(args, results, section, name, flags, work):
     """results[section][name] = work(), unless results.json has it for the same flags."""
     begun, phase, made_with = time.time(), f"{section} {name}", {k: str(vars(args)[k]) for k in flags}
-    if results["done"].get(phase) == made_with:
+    there = section != "samples" or Path(f"{args.out}/samples_{name}.npz").exists()
+    if results["done"].get(phase) == made_with and there:
         return print(f"{phase}: already in {args.out}")
-    results["done"].pop(phase, None)
+    results["done"].pop(phase, None), results.setdefault(section, {}).pop(name, None)
     log(args, results, event=f"{phase} begins")  # a kill from here on leaves no row of other samples
-    results.setdefault(section, {})[name] = work()
+    results[section][name] = work()
     results["done"][phase], results["seconds"][name] = made_with, time.time() - begun
     log(args, results, event=phase, seconds=time.time() - begun)
 
@@ -274,6 +275,7 @@ def score_samples(args, results, names):
         score_rows(rows, args.data, args.inception_weights, args.device, never=args.smoke)
     except ImportError as e:
         print(f"no IS and FID: {e}")
+        results["samples"] |= {k: {"fid": None, "reason": str(e)} | results["samples"][k] for k in names}
     log(args, results, event="scores")
 
 
@@ -287,17 +289,19 @@ def open_out(args):
     if not path.exists():
         return fail(f"--eval-only: no {path}") if args.eval_only else {"epoch": 0, "seconds": 0.0}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        script, epoch, theirs = state["script"], state["epoch"], state["args"]
-        state["results"] |= json.loads(results.read_text()) if results.exists() else {}
+        state = torch.load(read := path, map_location="cpu", weights_only=True)
+        script, epoch, theirs, mine = state["script"], state["epoch"], state["args"], vars(args)
+        old = json.loads(results.read_text()) if (read := results).exists() else {}
+        state["results"] = old if old.get("epoch") == epoch else state["results"]
     except Exception as e:
-        damaged = results if isinstance(e, json.JSONDecodeError) else path
-        fail(f"{damaged} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
-    fixed = sorted(theirs.keys() - FREE_FLAGS) if script == NAME else ()
-    other = "".join(f"; {k} was {theirs[k]}, is {vars(args)[k]}" for k in fixed if vars(args)[k] != theirs[k])
+        fail(f"{read} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
+    fixed = sorted((theirs.keys() | mine) - FREE_FLAGS) if script == NAME else ()
+    changed = [k for k in fixed if mine.get(k) != theirs.get(k)]
+    other = "".join(f"; {k} was {theirs.get(k)}, is {mine.get(k)}" for k in changed)
     if args.eval_only and script == NAME:
-        vars(args).update({k: theirs[k] for k in fixed}, epochs=epoch)
-    elif script != NAME or other or args.epochs < epoch:
+        print(f"--eval-only takes the training's flags from the checkpoint{other}")
+        mine.update({k: theirs[k] for k in fixed if k in theirs}, epochs=epoch)
+    elif script != NAME or changed or args.epochs < epoch:
         fail(f"{path}: {script}.py, {epoch} epochs. --epochs may grow, all else needs another --out{other}")
     elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
@@ -325,11 +329,12 @@ def end_epoch(args, state, model, optimizer, begun, n, **figures):
                   rng=torch.get_rng_state(), model=model.state_dict(), optimizer=optimizer.state_dict())
     if "cuda" in args.device:
         state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-    state["results"] = {"seconds": {"train": state["seconds"]}, "accuracy": {}, "samples": {}, "done": {}}
+    state["results"] = {"epoch": state["epoch"], "seconds": {"train": state["seconds"]}, "accuracy": {},
+                        "samples": {}, "done": {}}
     torch.save(state, buffer := io.BytesIO())
-    Path(args.out, "results.json").unlink(missing_ok=True)  # of the checkpoint before
-    replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
     log(args, event="epoch", epoch=state["epoch"], **figures, seconds=took, images_per_s=n / took)
+    replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
+    Path(args.out, "results.json").unlink(missing_ok=True)  # of another checkpoint
 
 
 def check_loss(args, loss):
@@ -367,7 +372,7 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     model("--arch", choices=archs, help="%(default)s")
     model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
     model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
-    model("--cuda-graphs", action="store_true", help="for small batches; no measurement yet")
+    model("--cuda-graphs", action="store_true", help="replayed steps, for small batches; unmeasured")
     training("--epochs", **COUNT, help="passes over the data; may grow in the same --out; %(default)s")
     training("--batch-size", **COUNT, help="images; %(default)s")
     training("--lr", **REAL, help="learning rate; %(default)s")
@@ -397,8 +402,9 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     args.amp = "cuda" in args.device if args.amp is None else args.amp
     args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
     for flag, v in vars(args).items():
-        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("eps") else 2 ** 63 - 1024
-        if type(v) in (int, float) and not (low <= v <= high and v == v):
+        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("_eps") else 2 ** 63 - 1024
+        numbers = [n for n in (v if isinstance(v, list) else [v]) if type(n) in (int, float)]
+        if not all(low <= n <= high for n in numbers):
             fail(f"--{flag.replace('_', '-')} must be {'> 0' if low else '>= 0'} and finite, not {v}")
     return args
 

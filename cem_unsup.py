@@ -1,20 +1,23 @@
-"""Unsupervised CEM: adversarial contrastive learning as maximum likelihood, and sampling by maximum entropy.
+"""Unsupervised CEM: adversarial contrastive learning as maximum likelihood; MaxEnt sampling.
 
-Wang, Wang, Yang, Lin: A Unified Contrastive Energy-based Model for Understanding the Generative Ability of
-Adversarial Training, ICLR 2022. p(x, x') = exp f(x, x') / Z with f(x, x') = g(x).g(x') / t, |g| = 1.
+Wang, Wang, Yang, Lin: A Unified Contrastive Energy-based Model for Understanding the Generative
+Ability of Adversarial Training, ICLR 2022. p(x, x') = exp f(x, x') / Z with unit g and
+f(x, x') = g(x).g(x') / t.
 
-  training  min_theta E max_{|x_hat - x| <= eps} NCE(x_hat, x')     x, x': two views of an image; no labels
-            NCE(x, x') = -log [ exp f(x, x') / sum_j exp f(x, x_j) ]    j: x' and the batch's other views
-  MaxEnt    N samples move together to raise H = -1/N sum_i log 1/N sum_j exp f(x_i, x_j), each by its own
-            index only, grad -log sum_{j != i} exp f(x_i, sg[x_j]), sg: held; so not quite grad H
+  training  min_theta E max_{|x_hat - x| <= eps} NCE(x_hat, x')   x, x': two views of an image
+            NCE(x, x') = -log [ exp f(x, x') / sum_j exp f(x, x_j) ]    j: x', the other views
+  MaxEnt    N samples move together to raise H = -1/N sum_i log 1/N sum_j exp f(x_i, x_j), each by
+            its own index only, grad -log sum_{j != i} exp f(x_i, sg[x_j]), sg: held; so not quite
+            grad H
   PGD       raises NCE(x_i, seed_i) among the samples, as the attack does: they attract each other
 
-  python cem_unsup.py                            the headline: ResNet-50 on CIFAR-10 (downloaded), l2 0.5
-  python cem_unsup.py --smoke                    small, on drawn classes, no data: 23 to 42 s on two CPU cores
+  python cem_unsup.py                          the headline: CIFAR-10 (downloaded), ResNet-50
+  python cem_unsup.py --smoke                  small, no data: SMOKETIME s on two CPU cores
 
-Writes checkpoint.pt, log.jsonl, results.json, samples_{maxent,pgd}-{uncond,cond}.{png,npz} to --out; resumes.
-Sources: [paper] the slides: p(x, x'); [memory]: training, MaxEnt; [ACL] Jiang et al. 2020, its basis: |g| = 1
-and t; [AdvCL] Fan et al. 2021; [assumed] our reading: PGD, the same f in sampling. Defaults say theirs.
+Writes checkpoint.pt, log.jsonl, results.json, samples_{maxent,pgd}-{uncond,cond}.{png,npz} to
+--out; resumes. Sources: [paper] the slides: p(x, x'); [memory] training, MaxEnt; [ACL] Jiang et al.
+2020, its basis: |g| = 1 and t; [AdvCL] Fan et al. 2021; [assumed] our reading: PGD, the same f in
+sampling. Defaults say theirs.
 """
 import argparse
 import io
@@ -316,11 +319,12 @@ def log(args, results=None, **fields):
 def once(args, results, section, name, flags, work):
     """results[section][name] = work(), unless results.json has it for the same flags."""
     begun, phase, made_with = time.time(), f"{section} {name}", {k: str(vars(args)[k]) for k in flags}
-    if results["done"].get(phase) == made_with:
+    there = section != "samples" or Path(f"{args.out}/samples_{name}.npz").exists()
+    if results["done"].get(phase) == made_with and there:
         return print(f"{phase}: already in {args.out}")
-    results["done"].pop(phase, None)
+    results["done"].pop(phase, None), results.setdefault(section, {}).pop(name, None)
     log(args, results, event=f"{phase} begins")  # a kill from here on leaves no row of other samples
-    results.setdefault(section, {})[name] = work()
+    results[section][name] = work()
     results["done"][phase], results["seconds"][name] = made_with, time.time() - begun
     log(args, results, event=phase, seconds=time.time() - begun)
 
@@ -333,6 +337,7 @@ def score_samples(args, results, names):
         score_rows(rows, args.data, args.inception_weights, args.device, never=args.smoke)
     except ImportError as e:
         print(f"no IS and FID: {e}")
+        results["samples"] |= {k: {"fid": None, "reason": str(e)} | results["samples"][k] for k in names}
     log(args, results, event="scores")
 
 
@@ -346,17 +351,19 @@ def open_out(args):
     if not path.exists():
         return fail(f"--eval-only: no {path}") if args.eval_only else {"epoch": 0, "seconds": 0.0}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        script, epoch, theirs = state["script"], state["epoch"], state["args"]
-        state["results"] |= json.loads(results.read_text()) if results.exists() else {}
+        state = torch.load(read := path, map_location="cpu", weights_only=True)
+        script, epoch, theirs, mine = state["script"], state["epoch"], state["args"], vars(args)
+        old = json.loads(results.read_text()) if (read := results).exists() else {}
+        state["results"] = old if old.get("epoch") == epoch else state["results"]
     except Exception as e:
-        damaged = results if isinstance(e, json.JSONDecodeError) else path
-        fail(f"{damaged} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
-    fixed = sorted(theirs.keys() - FREE_FLAGS) if script == NAME else ()
-    other = "".join(f"; {k} was {theirs[k]}, is {vars(args)[k]}" for k in fixed if vars(args)[k] != theirs[k])
+        fail(f"{read} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
+    fixed = sorted((theirs.keys() | mine) - FREE_FLAGS) if script == NAME else ()
+    changed = [k for k in fixed if mine.get(k) != theirs.get(k)]
+    other = "".join(f"; {k} was {theirs.get(k)}, is {mine.get(k)}" for k in changed)
     if args.eval_only and script == NAME:
-        vars(args).update({k: theirs[k] for k in fixed}, epochs=epoch)
-    elif script != NAME or other or args.epochs < epoch:
+        print(f"--eval-only takes the training's flags from the checkpoint{other}")
+        mine.update({k: theirs[k] for k in fixed if k in theirs}, epochs=epoch)
+    elif script != NAME or changed or args.epochs < epoch:
         fail(f"{path}: {script}.py, {epoch} epochs. --epochs may grow, all else needs another --out{other}")
     elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
@@ -384,11 +391,12 @@ def end_epoch(args, state, model, optimizer, begun, n, **figures):
                   rng=torch.get_rng_state(), model=model.state_dict(), optimizer=optimizer.state_dict())
     if "cuda" in args.device:
         state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-    state["results"] = {"seconds": {"train": state["seconds"]}, "accuracy": {}, "samples": {}, "done": {}}
+    state["results"] = {"epoch": state["epoch"], "seconds": {"train": state["seconds"]}, "accuracy": {},
+                        "samples": {}, "done": {}}
     torch.save(state, buffer := io.BytesIO())
-    Path(args.out, "results.json").unlink(missing_ok=True)  # of the checkpoint before
-    replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
     log(args, event="epoch", epoch=state["epoch"], **figures, seconds=took, images_per_s=n / took)
+    replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
+    Path(args.out, "results.json").unlink(missing_ok=True)  # of another checkpoint
 
 
 def check_loss(args, loss):
@@ -426,7 +434,7 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     model("--arch", choices=archs, help="%(default)s")
     model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
     model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
-    model("--cuda-graphs", action="store_true", help="for small batches; no measurement yet")
+    model("--cuda-graphs", action="store_true", help="replayed steps, for small batches; unmeasured")
     training("--epochs", **COUNT, help="passes over the data; may grow in the same --out; %(default)s")
     training("--batch-size", **COUNT, help="images; %(default)s")
     training("--lr", **REAL, help="learning rate; %(default)s")
@@ -456,8 +464,9 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     args.amp = "cuda" in args.device if args.amp is None else args.amp
     args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
     for flag, v in vars(args).items():
-        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("eps") else 2 ** 63 - 1024
-        if type(v) in (int, float) and not (low <= v <= high and v == v):
+        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("_eps") else 2 ** 63 - 1024
+        numbers = [n for n in (v if isinstance(v, list) else [v]) if type(n) in (int, float)]
+        if not all(low <= n <= high for n in numbers):
             fail(f"--{flag.replace('_', '-')} must be {'> 0' if low else '>= 0'} and finite, not {v}")
     return args
 

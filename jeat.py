@@ -1,19 +1,20 @@
-"""JEAT: joint energy adversarial training, which raises log p(x_adv, y), and sampling from the result.
+"""JEAT: joint energy adversarial training, which raises log p(x_adv, y), and sampling.
 
-Zhu et al.: Towards Understanding the Generative Capability of Adversarially Robust Classifiers, ICCV 2021.
-With the logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k exp f(x)[k].
+Zhu et al.: Towards Understanding the Generative Capability of Adversarially Robust Classifiers,
+ICCV 2021. With the logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k exp f(x)[k].
 
-  attack    x_adv = clamp(x + d), |d| <= eps: from a random d, d += eps sign grad E(x + d, y), clipped
+  attack    x_adv = clamp(x + d), |d| <= eps: from a random d, d += eps sign grad E(x + d, y)
   negative  x_K: SGLD x += a grad log sum_k exp f(x)[k] + s xi, K steps from a replay buffer
-  training  L = CE(x_adv, y) + E(x_adv) - E(x_K) = E(x_adv, y) - E(x_K)       no term of the clean image
+  training  L = CE(x_adv, y) + E(x_adv) - E(x_K) = E(x_adv, y) - E(x_K)     nothing of clean x
   sampling  SGLD down E(x, y) from a class's Gaussian or from noise, down E(x) from the buffer
 
-  python jeat.py                                 the paper's net, on CIFAR-10 (downloaded): WRN-28-10
-  python jeat.py --smoke                         small, on drawn classes, no data: a minute on two CPU cores
+  python jeat.py                               the paper's run: CIFAR-10 (downloaded), WRN-28-10
+  python jeat.py --smoke                       small, no data: SMOKETIME s on two CPU cores
 
-Writes checkpoint.pt, log.jsonl, results.json, samples_{gaussian,noise,buffer}.{png,npz} to --out; resumes.
-Defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the code of Grathwohl et al.,
-ICLR 2020, its noise halved and its step quartered, from [-1, 1] to [0, 1]; [assumed] our reading.
+Writes checkpoint.pt, log.jsonl, results.json, samples_{gaussian,noise,buffer}.{png,npz} to --out;
+resumes. Defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the code of
+Grathwohl et al., ICLR 2020, its noise halved and its step quartered, from [-1, 1] to [0, 1];
+[assumed] our reading.
 """
 import argparse
 import io
@@ -52,7 +53,7 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, steps=1, step_size
     CE, E(x_adv), E(x_K)). The ReplayBuffer's chains move on here. buffer None: (CE, (CE, E(x_adv))), with
     this score PreJEAT (our definition: its text was not at hand), with score=cross_entropy AT."""
     with eval_mode(f):
-        x_adv = ascend(score(f, y), x, steps, step_size, eps=eps, norm=norm, random_start=True)
+        x_adv = ascend(score(f, y), x, steps, step_size, eps=eps, norm=norm, random_start=True)  # in the box
     logits = f(x_adv)
     ce, e_adv = F.cross_entropy(logits, y), energy(logits).mean()
     if buffer is None:
@@ -125,11 +126,11 @@ def parse_args(argv):
            ("training", "--buffer-size", dict(COUNT, help="chains, at least --batch-size; %(default)s"))]
     args = parse_common(
         argv, archs, SAMPLERS, ("class", "pooled"), SMOKE, own,
-        method="jeat", norm="linf",  # [paper, secondary], and one step of eps, set below
+        method="jeat", norm="linf",  # [secondary], and one step of eps, set below
         arch="wrn-28-10", epochs=200, batch_size=64, lr=1e-4, lr_drops=[0.8, 0.9],  # [JEM]
         sgld_steps=20, buffer_size=10000,  # [JEM]
         attack_eps=8 / 255,  # [assumed]
-        sample_norm="none", sample_eps=math.inf, sample_step_size=0.25, sample_noise=0.005,  # [secondary]
+        sample_norm="none", sample_eps=math.inf, sample_step_size=0.25, sample_noise=0.005,  # [JEM]
         sample_steps=100, start="class", num_samples=50000, sample_batch_size=500)  # [assumed]
     if math.isinf(args.attack_eps) or not all(0 <= drop <= 1 for drop in args.lr_drops):
         fail("--attack-eps must be finite, and --lr-drops in 0..1")
@@ -137,8 +138,8 @@ def parse_args(argv):
         fail(f"--buffer-size {args.buffer_size} must be at least --batch-size, {args.batch_size}")
     steps, share = (10, 1 / 4) if args.method == "at" else (1, 1)  # at: PGD-10 of 2/255 at 8/255 [assumed]
     args.attack_steps = steps if args.attack_steps is None else args.attack_steps
-    if args.attack_step_size is None:
-        args.attack_step_size = args.attack_eps * share
+    given = args.attack_step_size
+    args.attack_step_size = args.attack_eps * share if given is None else given
     return args
 
 
@@ -326,11 +327,12 @@ def log(args, results=None, **fields):
 def once(args, results, section, name, flags, work):
     """results[section][name] = work(), unless results.json has it for the same flags."""
     begun, phase, made_with = time.time(), f"{section} {name}", {k: str(vars(args)[k]) for k in flags}
-    if results["done"].get(phase) == made_with:
+    there = section != "samples" or Path(f"{args.out}/samples_{name}.npz").exists()
+    if results["done"].get(phase) == made_with and there:
         return print(f"{phase}: already in {args.out}")
-    results["done"].pop(phase, None)
+    results["done"].pop(phase, None), results.setdefault(section, {}).pop(name, None)
     log(args, results, event=f"{phase} begins")  # a kill from here on leaves no row of other samples
-    results.setdefault(section, {})[name] = work()
+    results[section][name] = work()
     results["done"][phase], results["seconds"][name] = made_with, time.time() - begun
     log(args, results, event=phase, seconds=time.time() - begun)
 
@@ -343,6 +345,7 @@ def score_samples(args, results, names):
         score_rows(rows, args.data, args.inception_weights, args.device, never=args.smoke)
     except ImportError as e:
         print(f"no IS and FID: {e}")
+        results["samples"] |= {k: {"fid": None, "reason": str(e)} | results["samples"][k] for k in names}
     log(args, results, event="scores")
 
 
@@ -356,17 +359,19 @@ def open_out(args):
     if not path.exists():
         return fail(f"--eval-only: no {path}") if args.eval_only else {"epoch": 0, "seconds": 0.0}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        script, epoch, theirs = state["script"], state["epoch"], state["args"]
-        state["results"] |= json.loads(results.read_text()) if results.exists() else {}
+        state = torch.load(read := path, map_location="cpu", weights_only=True)
+        script, epoch, theirs, mine = state["script"], state["epoch"], state["args"], vars(args)
+        old = json.loads(results.read_text()) if (read := results).exists() else {}
+        state["results"] = old if old.get("epoch") == epoch else state["results"]
     except Exception as e:
-        damaged = results if isinstance(e, json.JSONDecodeError) else path
-        fail(f"{damaged} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
-    fixed = sorted(theirs.keys() - FREE_FLAGS) if script == NAME else ()
-    other = "".join(f"; {k} was {theirs[k]}, is {vars(args)[k]}" for k in fixed if vars(args)[k] != theirs[k])
+        fail(f"{read} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
+    fixed = sorted((theirs.keys() | mine) - FREE_FLAGS) if script == NAME else ()
+    changed = [k for k in fixed if mine.get(k) != theirs.get(k)]
+    other = "".join(f"; {k} was {theirs.get(k)}, is {mine.get(k)}" for k in changed)
     if args.eval_only and script == NAME:
-        vars(args).update({k: theirs[k] for k in fixed}, epochs=epoch)
-    elif script != NAME or other or args.epochs < epoch:
+        print(f"--eval-only takes the training's flags from the checkpoint{other}")
+        mine.update({k: theirs[k] for k in fixed if k in theirs}, epochs=epoch)
+    elif script != NAME or changed or args.epochs < epoch:
         fail(f"{path}: {script}.py, {epoch} epochs. --epochs may grow, all else needs another --out{other}")
     elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
@@ -394,11 +399,12 @@ def end_epoch(args, state, model, optimizer, begun, n, **figures):
                   rng=torch.get_rng_state(), model=model.state_dict(), optimizer=optimizer.state_dict())
     if "cuda" in args.device:
         state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-    state["results"] = {"seconds": {"train": state["seconds"]}, "accuracy": {}, "samples": {}, "done": {}}
+    state["results"] = {"epoch": state["epoch"], "seconds": {"train": state["seconds"]}, "accuracy": {},
+                        "samples": {}, "done": {}}
     torch.save(state, buffer := io.BytesIO())
-    Path(args.out, "results.json").unlink(missing_ok=True)  # of the checkpoint before
-    replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
     log(args, event="epoch", epoch=state["epoch"], **figures, seconds=took, images_per_s=n / took)
+    replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
+    Path(args.out, "results.json").unlink(missing_ok=True)  # of another checkpoint
 
 
 def check_loss(args, loss):
@@ -436,7 +442,7 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     model("--arch", choices=archs, help="%(default)s")
     model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
     model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
-    model("--cuda-graphs", action="store_true", help="for small batches; no measurement yet")
+    model("--cuda-graphs", action="store_true", help="replayed steps, for small batches; unmeasured")
     training("--epochs", **COUNT, help="passes over the data; may grow in the same --out; %(default)s")
     training("--batch-size", **COUNT, help="images; %(default)s")
     training("--lr", **REAL, help="learning rate; %(default)s")
@@ -466,8 +472,9 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     args.amp = "cuda" in args.device if args.amp is None else args.amp
     args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
     for flag, v in vars(args).items():
-        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("eps") else 2 ** 63 - 1024
-        if type(v) in (int, float) and not (low <= v <= high and v == v):
+        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("_eps") else 2 ** 63 - 1024
+        numbers = [n for n in (v if isinstance(v, list) else [v]) if type(n) in (int, float)]
+        if not all(low <= n <= high for n in numbers):
             fail(f"--{flag.replace('_', '-')} must be {'> 0' if low else '>= 0'} and finite, not {v}")
     return args
 

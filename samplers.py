@@ -42,7 +42,7 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     unknown norm; negative steps, step_size, eps, noise; random_start with infinite eps; x not float [B, ...].
     """
     _check(x, steps, step_size, eps, norm, noise, random_start)
-    x_0, clamp = x.detach(), clamp or (-math.inf, math.inf)
+    x_0, clamp = x.detach(), tuple(clamp or (-math.inf, math.inf))
     if steps == 0:
         return x_0.clone()
     x_k = (x_0 + _random_offset(x_0, eps, norm, generator)).clamp(*clamp) if random_start else x_0
@@ -67,15 +67,15 @@ def _step(score, x_0, step_size, eps, norm, noise, clamp, x_k, xi):
 
 # ---------------------------------------------------------------- the same step from a CUDA graph
 ascend.cuda_graphs = False  # a program may set it: small batches are bound by kernel launches
-_graphs = {}  # {all that capture bakes in: (inputs, x_k, xi, replay, outputs)}
-_pool = cache(torch.cuda.graph_pool_handle)  # one memory for all, since none runs beside another
+_graphs = {}  # {what capture bakes in: (x_k, xi, x_0 and the score's tensors; replay; outputs)}
+_pool, _side = cache(torch.cuda.graph_pool_handle), cache(torch.cuda.Stream)  # one for all: they take turns
 
 
 def _graphed(step):
     """`step`, a partial of _step, from a CUDA graph, captured once; itself off CUDA, in train mode, or for a
     score that is not of this file."""
     score, x_0, *settings = step.args
-    f, *args = getattr(score, "args", [None])
+    f, *args = getattr(score, "args", ()) or [None]
     if not (x_0.is_cuda and getattr(score, "func", None) in _SCORES and isinstance(f, torch.nn.Module)
             and not any(m.training for m in f.modules())):
         return step
@@ -95,24 +95,25 @@ def _graphed(step):
             ascend.cuda_graphs = False
             print(f"no CUDA graphs, eager steps from here on: {' '.join(str(e).split())[:200]}")
             return step
-    copies, replay, outputs = _graphs[key]
+    (x_k, xi, *copies), replay, outputs = _graphs[key]
+    for copy, new in zip(copies, tensors):
+        copy.copy_(new)
 
-    def replayed(x_k, xi):
-        for copy, new in zip(copies, (x_k, xi, *tensors)):
-            copy.copy_(new)
+    def replayed(*new):
+        x_k.copy_(new[0]), xi.copy_(new[1])
         replay()
         return [t.clone() for t in outputs]
     return replayed
 
 
 def _capture(step):
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side, graph = _side(torch.cuda.current_device()), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # cuDNN's choices and workspaces: before the capture
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph, pool=_pool()):
+    with torch.cuda.graph(graph, pool=_pool(), stream=side):
         outputs = step()
     return graph.replay, outputs
 
@@ -224,8 +225,8 @@ def _supervised_score(a, b, doc):
 
 log_p_y_given_x = _supervised_score(1, -1, "TA (Santurkar et al., 2019): log p(y|x) = f_y - LSE f, (f, y).")
 log_p_x = _supervised_score(0, 1, "Langevin (CEM), SGLD (JEM): log p(x) + const = LSE f = -E(x), (f).")
-log_p_x_given_y = _supervised_score(1, 0, "CS (CEM): log p(x|y) + const = f_y = -E(x, y), (f, y).")
-reinforced = _supervised_score(1, 1, "RCS, reinforced conditional sampling (CEM): f_y + LSE f, (f, y).")
+log_p_x_given_y = _supervised_score(1, 0, "CS (CEM, by memory): log p(x|y) + const = f_y = -E(x, y), (f, y).")
+reinforced = _supervised_score(1, 1, "RCS (CEM, by memory): f_y + LSE f, (f, y).")
 cross_entropy = _supervised_score(-1, 1, "The supervised attack: CE = -log p(y|x) = LSE f - f_y, (f, y).")
 joint_energy_score = _supervised_score(-1, 0, "JEAT's attack: raises E(x, y) = -f_y, (f, y).")
 
@@ -236,7 +237,7 @@ def logit(f, sign=1):
 
 
 def info_nce(g, positive, temperature, other_positives=True):
-    """The contrastive attack (CEM): with unit z = g(x), z' = g(positive) and f_ij = z_i.z_j / temperature,
+    """The contrastive attack (CEM, by memory): unit z = g(x), z' = g(positive); f_ij = z_i.z_j / temperature:
     -f_ii' + log [exp f_ii' + sum_{j != i} exp f_ij + (other_positives) sum_{j != i} exp f_ij'], z_j not held.
 
     x's rows of NT-Xent. z' is computed here, once, without gradient: build the score inside eval_mode.
@@ -249,8 +250,8 @@ def info_nce(g, positive, temperature, other_positives=True):
 
 
 def entropy(g, temperature):
-    """MaxEnt (CEM): -log sum_{j != i} exp(z_i . sg[z_j] / temperature), z = g(x) on the sphere [B, D]: the
-    part of the batch's entropy that belongs to i; sg: the others are held. ValueError: a batch of one."""
+    """MaxEnt (CEM, by memory): -log sum_{j != i} exp(z_i . sg[z_j] / temperature), unit z = g(x): the part
+    of the batch's entropy that belongs to i; sg: the others are held. ValueError: a batch of one."""
     return partial(_entropy, g, temperature)
 
 

@@ -152,10 +152,10 @@ def test_smoke_writes_everything(cem_sup_smoke):
     assert {"args", "versions", "device", "seconds", "accuracy", "samples"} <= set(results)
     assert set(results["samples"]) == {"ta", "langevin", "cs", "rcs"}
     for name, row in results["samples"].items():
-        assert row["n"] == 200 and row["fid"] is None and "smoke" in row["reason"]
+        assert row["n"] == 100 and row["fid"] is None and "smoke" in row["reason"]
         z = np.load(out / f"samples_{name}.npz")
-        assert z["arr_0"].shape == (200, 32, 32, 3) and z["arr_0"].dtype == np.uint8
-        assert z["arr_1"].tolist() == list(range(10)) * 20
+        assert z["arr_0"].shape == (100, 32, 32, 3) and z["arr_0"].dtype == np.uint8
+        assert z["arr_1"].tolist() == list(range(10)) * 10
         assert Image.open(out / f"samples_{name}.png").size == (342, 342)  # a row per class
     epochs = [r for r in map(json.loads, open(out / "log.jsonl")) if r["event"] == "epoch"]
     assert [r["epoch"] for r in epochs] == list(range(1, 13))
@@ -165,8 +165,8 @@ def test_smoke_writes_everything(cem_sup_smoke):
     assert results["accuracy"]["clean"] == accuracy(f, x, y)
     pgd20 = accuracy(f, x, y, cross_entropy, steps=20, step_size=2.5 * 3 / 20, eps=3.0)  # README's protocol
     assert abs(results["accuracy"]["pgd20"] - pgd20) <= 0.01
-    x_0 = cem_sup.starts("class", *cem_sup.draw(2000, 0), torch.Generator().manual_seed(0))(torch.arange(200) % 10)
-    moved = cem_sup.sample("cs", f, x_0, torch.arange(200) % 10, steps=30)
+    x_0 = cem_sup.starts("class", *cem_sup.draw(2000, 0), torch.Generator().manual_seed(0))(torch.arange(100) % 10)
+    moved = cem_sup.sample("cs", f, x_0, torch.arange(100) % 10, steps=30)
     written = to_float(torch.from_numpy(np.load(out / "samples_cs.npz")["arr_0"])).permute(0, 3, 1, 2)
     assert (moved - written).abs().mean() < 0.02
 
