@@ -96,8 +96,8 @@ def make_model(arch="resnet50"):
 
 
 # ================================================================ its own arguments
-SMOKE = dict(arch="small", epochs=11, lr_drops=[0.75, 0.9], attack_eps=3.0, attack_steps=3,
-             attack_step_size=2.5, sample_steps=30, num_samples=100, limit_test=400)
+SMOKE = dict(arch="small", epochs=12, lr_drops=[0.7, 0.9], attack_eps=3.0, attack_steps=3,
+             attack_step_size=2.5, sample_steps=30, num_samples=100, limit_test=300)
 
 
 def parse_args(argv):
@@ -347,9 +347,8 @@ def check_loss(args, loss):
 # ================================================================ block: flags
 NAME = Path(__file__).stem
 SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
-                  "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp")
-FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device",
-              "cuda_graphs"}
+                  "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp", "cuda_graphs")
+FREE_FLAGS = {*SAMPLING_FLAGS, *"sampler inception_weights eval_only epochs data out device".split()}
 POSITIVE_FLAGS = "epochs batch_size limit_train limit_test num_samples sample_batch_size".split()
 COUNT, REAL = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
 

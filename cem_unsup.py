@@ -409,9 +409,8 @@ def check_loss(args, loss):
 # ================================================================ block: flags
 NAME = Path(__file__).stem
 SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
-                  "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp")
-FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device",
-              "cuda_graphs"}
+                  "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp", "cuda_graphs")
+FREE_FLAGS = {*SAMPLING_FLAGS, *"sampler inception_weights eval_only epochs data out device".split()}
 POSITIVE_FLAGS = "epochs batch_size limit_train limit_test num_samples sample_batch_size".split()
 COUNT, REAL = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
 

@@ -137,9 +137,8 @@ def parse_args(argv):
     if args.method == "jeat" and args.buffer_size < args.batch_size:
         fail(f"--buffer-size {args.buffer_size} must be at least --batch-size, {args.batch_size}")
     steps, share = (10, 1 / 4) if args.method == "at" else (1, 1)  # at: PGD-10 of 2/255 at 8/255 [assumed]
-    args.attack_steps = steps if args.attack_steps is None else args.attack_steps
-    given = args.attack_step_size
-    args.attack_step_size = args.attack_eps * share if given is None else given
+    default = {"attack_steps": steps, "attack_step_size": args.attack_eps * share}
+    vars(args).update({flag: value for flag, value in default.items() if vars(args)[flag] is None})
     return args
 
 
@@ -417,9 +416,8 @@ def check_loss(args, loss):
 # ================================================================ block: flags
 NAME = Path(__file__).stem
 SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
-                  "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp")
-FREE_FLAGS = {*SAMPLING_FLAGS, "sampler", "inception_weights", "eval_only", "epochs", "data", "out", "device",
-              "cuda_graphs"}
+                  "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp", "cuda_graphs")
+FREE_FLAGS = {*SAMPLING_FLAGS, *"sampler inception_weights eval_only epochs data out device".split()}
 POSITIVE_FLAGS = "epochs batch_size limit_train limit_test num_samples sample_batch_size".split()
 COUNT, REAL = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
 

