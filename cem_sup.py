@@ -15,7 +15,8 @@ Ability of Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, f the cla
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{ta,langevin,cs,rcs}.{png,npz} to --out;
 resumes. Sources of the defaults: [paper] the authors' slides; [robustness] MadryLab/robustness, on
-which the paper builds; [Santurkar] Santurkar et al., NeurIPS 2019, code; [assumed] our reading.
+which the paper builds; [Santurkar] Santurkar et al., NeurIPS 2019, code; [memory] of the paper: TA,
+CS, RCS; [assumed] our reading.
 """
 import argparse
 import io
@@ -96,7 +97,7 @@ def make_model(arch="resnet50"):
 
 
 # ================================================================ its own arguments
-SMOKE = dict(arch="small", epochs=12, lr_drops=[0.7, 0.9], attack_eps=3.0, attack_steps=3,
+SMOKE = dict(arch="small", epochs=12, lr_drops=[0.7, 0.9], attack_eps=3.0, attack_steps=2,
              attack_step_size=2.5, sample_steps=30, num_samples=100, limit_test=300)
 
 

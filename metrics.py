@@ -205,9 +205,8 @@ def evaluate(images_uint8, reference, extract=None, batch_size=128, label=None):
     features, logits = extract_features(images_uint8, extract, batch_size, label)
     mean, std = inception_score(logits)
     fid = frechet_distance(*gaussian_statistics(features), *reference)
-    warning = {"warning": "fewer than 2,048 images: the covariance is singular and FID biased"}
-    few = len(features) < 2048
-    return {"n": len(features), "is_mean": mean, "is_std": std, "fid": fid} | (warning if few else {})
+    n, warning = len(features), {"warning": "fewer than 2,048 images: singular covariance, biased FID"}
+    return {"n": n, "is_mean": mean, "is_std": std, "fid": fid} | (warning if n < 2048 else {})
 
 
 def _read_npz(path, *names):
@@ -298,8 +297,9 @@ def score_rows(rows, data, weights=None, device="cpu", never=False):
             scores, why = score(rows, data, None, weights, device), None
     except (OSError, ValueError, torch.OutOfMemoryError) as e:
         why = str(e)
-    if rows and why:
-        print(f"no IS and FID ({why}); later: python metrics.py {' '.join(rows)} --data {data}")
+    if rows:
+        later = f"no IS and FID ({why}); later: python metrics.py {' '.join(rows)} --data {data}"
+        print(later if why else "\n".join(map(json.dumps, scores)))
     for row, values in zip(rows.values(), scores):
         row |= {**values, "reason": why}
 
