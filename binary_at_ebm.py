@@ -12,7 +12,7 @@ E = -f.
   python binary_at_ebm.py                      CIFAR-10, p_0 = CIFAR-100, both downloaded
   python binary_at_ebm.py --mode ood           eps-balls, a fixed K: for the detection of outliers
   python binary_at_ebm.py --classes 3 --p0 rest --translate-from 5             dogs become cats
-  python binary_at_ebm.py --smoke              small, no data: SMOKETIME s on two CPU cores
+  python binary_at_ebm.py --smoke              small, no data: 25 to 35 s on two CPU cores
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{ascent,translation}.{png,npz} to --out;
 resumes. Defaults: [official] xuwangyin/AT-EBMs, whose p_0, 80M Tiny Images, is withdrawn:

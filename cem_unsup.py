@@ -12,7 +12,7 @@ f(x, x') = g(x).g(x') / t.
   PGD       raises NCE(x_i, seed_i) among the samples, as the attack does: they attract each other
 
   python cem_unsup.py                          the headline: CIFAR-10 (downloaded), ResNet-50
-  python cem_unsup.py --smoke                  small, no data: SMOKETIME s on two CPU cores
+  python cem_unsup.py --smoke                  small, no data: 35 to 42 s on two CPU cores
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{maxent,pgd}-{uncond,cond}.{png,npz} to
 --out; resumes. Sources: [paper] the slides: p(x, x'); [memory] training, MaxEnt; [ACL] Jiang et al.

@@ -9,7 +9,7 @@ ICCV 2021. With the logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k exp f(x)[k].
   sampling  SGLD down E(x, y) from a class's Gaussian or from noise, down E(x) from the buffer
 
   python jeat.py                               the paper's run: CIFAR-10 (downloaded), WRN-28-10
-  python jeat.py --smoke                       small, no data: SMOKETIME s on two CPU cores
+  python jeat.py --smoke                       small, no data: 37 to 41 s on two CPU cores
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{gaussian,noise,buffer}.{png,npz} to --out;
 resumes. Defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the code of
