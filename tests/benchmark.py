@@ -433,19 +433,21 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="fewer repeats, steps, images: about a minute")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one",
                         default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cuda-graphs", action="store_true", help="the project's steps from CUDA graphs")
     parser.add_argument("--json", metavar="PATH", help="write rows, versions and device there as well")
     args = parser.parse_args(argv)
     cuda, start = args.device == "cuda", time.perf_counter()
     full, quick = (CUDA, CUDA_QUICK) if cuda else (CPU, CPU_QUICK)
     sizes = dict(zip(SIZES, quick if args.quick else full))
     b = SimpleNamespace(device=args.device, cuda=cuda, **sizes)
+    ascend.cuda_graphs = args.cuda_graphs
     torch.manual_seed(0)
     b.matmul_rate = matmul_rate(b)
     resnets, wrn = ("resnet18", "resnet50")[:1 + cuda], ("wrn-28-10" if cuda else "wrn-10-2",)
     tasks = {cem_sup_rows: resnets, cem_unsup_rows: resnets, jeat_rows: wrn, binary_at_ebm_rows: resnets[-1:]}
     rows = [row for measure_rows, archs in tasks.items() for arch in archs for row in measure_rows(b, arch)]
     rows += metrics_rows(b)
-    about = dict(device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+    about = dict(cuda_graphs=ascend.cuda_graphs, device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
                  threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
                  torchvision=torchvision.__version__, seconds=round(time.perf_counter() - start, 1),
                  tflops=round(b.matmul_rate / 1e12, 4), matmul="bfloat16" if cuda else "float32")
