@@ -447,10 +447,11 @@ def main(argv=None):
     tasks = {cem_sup_rows: resnets, cem_unsup_rows: resnets, jeat_rows: wrn, binary_at_ebm_rows: resnets[-1:]}
     rows = [row for measure_rows, archs in tasks.items() for arch in archs for row in measure_rows(b, arch)]
     rows += metrics_rows(b)
-    about = dict(cuda_graphs=ascend.cuda_graphs, device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+    about = dict(device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
                  threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
                  torchvision=torchvision.__version__, seconds=round(time.perf_counter() - start, 1),
-                 tflops=round(b.matmul_rate / 1e12, 4), matmul="bfloat16" if cuda else "float32")
+                 tflops=round(b.matmul_rate / 1e12, 4), matmul="bfloat16" if cuda else "float32",
+                 cuda_graphs=ascend.cuda_graphs)
     if args.json:
         Path(args.json).write_text(json.dumps({**about, "sizes": sizes, "rows": rows}, indent=1))
     print("Device {device}, {threads} threads, torch {torch}; a large {matmul} product: {tflops} TFLOP/s; "

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 
 import numpy as np
@@ -534,12 +535,15 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
 
 
 def test_training_passes_its_flags_views_and_whole_batches_on(tmp_path, monkeypatch):
-    seen, rates, step = [], [], torch.optim.SGD.step
+    seen, rates, kept, step = [], [], [], torch.optim.SGD.step
 
     def record(g, x, x_prime, *numbers):
         seen.append((len(x), *numbers))
         assert g.training and x.shape == x_prime.shape and (x - x_prime).flatten(1).abs().amax(1).min() > 0.01
-        return g(x).square().sum()
+        assert len(kept) < 2 or kept[-2]() is None  # no graph outlives its step
+        loss = g(x).square().sum()
+        kept.append(weakref.ref(loss))
+        return loss
 
     def record_step(self):
         rates.append([self.param_groups[0][k] for k in ("lr", "momentum", "weight_decay")])

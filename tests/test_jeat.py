@@ -340,7 +340,7 @@ def test_learning_rate_noise_and_crops(tmp_path, monkeypatch):
     monkeypatch.setattr(jeat, "crop_flip", lambda x, **flags: crops.append(flags) or x)
     monkeypatch.setattr(jeat, "accuracy", lambda f, x, y, **attack: watched.append((len(x), attack)) or 0.5)
     out = ["--out", str(tmp_path), "--method", "at", "--attack-steps", "0"]
-    args = jeat.parse_args([*TINY, *out, "--epochs", "10", "--lr-drops", "0.5", "0.7"])
+    args = jeat.parse_args([*TINY, *out, "--epochs", "10", "--lr-drops", "0.5", "0.7", "1"])
     f, x, y = jeat.make_model("small"), torch.full((96, 3, 32, 32), 128, dtype=torch.uint8), torch.zeros(96).long()
     jeat.train(f, None, x, y, args, {"epoch": 0, "seconds": 0.0})
     attack = {"score": cross_entropy, "steps": 20, "step_size": 6 / 255, "eps": 24 / 255, "norm": "linf"}
