@@ -142,6 +142,16 @@ def test_drawn_classes():
     assert torch.equal(x, again) and not torch.equal(x, other)
 
 
+def test_defaults():
+    """METHODS' values: robustness' schedule, Santurkar's attack and sampling path."""
+    wanted = dict(arch="resnet50", norm="l2", attack_eps=0.5, attack_steps=7, attack_step_size=0.1, epochs=150,
+                  batch_size=128, lr=0.1, lr_drops=[1 / 3, 2 / 3], sample_norm="l2", sample_steps=60, sample_eps=30,
+                  sample_step_size=0.5, sample_noise=0, start="class", seed_split="train", num_samples=50000, seed=0,
+                  sampler=["ta", "langevin", "cs", "rcs"], cuda_graphs=False)
+    args = vars(cem_sup.parse_args([]))
+    assert {k: args[k] for k in wanted} == wanted
+
+
 # ---------------------------------------------------------------- the smoke run and what it learns
 
 

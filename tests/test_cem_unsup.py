@@ -534,6 +534,16 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 3
 
 
+def test_defaults():
+    """METHODS' values: ACL's schedule and temperature, supervised CEM's attack and sampling path."""
+    wanted = dict(arch="resnet50", attack_views="one", norm="l2", attack_eps=0.5, attack_steps=7, attack_step_size=0.1,
+                  temperature=0.5, epochs=1000, batch_size=512, lr=0.5, warmup_epochs=10, sample_norm="l2", start="all",
+                  sample_steps=60, sample_step_size=0.5, sample_eps=30, sample_noise=0, sample_batch_size=512,
+                  num_samples=50000, seed_split="train", sampler=["maxent", "pgd"])
+    args = vars(cem_unsup.parse_args([]))
+    assert {k: args[k] for k in wanted} == wanted
+
+
 def test_training_passes_its_flags_views_and_whole_batches_on(tmp_path, monkeypatch):
     seen, rates, kept, step = [], [], [], torch.optim.SGD.step
 
