@@ -13,8 +13,7 @@ ICCV 2021. With the logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k exp f(x)[k].
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{gaussian,noise,buffer}.{png,npz} to --out;
 resumes. Defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the code of
-Grathwohl et al., ICLR 2020, its noise halved and its step quartered, from [-1, 1] to [0, 1];
-[assumed] our reading.
+Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading.
 """
 import argparse
 import io
