@@ -72,8 +72,7 @@ _pool, _side = cache(torch.cuda.graph_pool_handle), cache(torch.cuda.Stream)  # 
 
 
 def _graphed(step):
-    """`step`, a partial of _step, from a CUDA graph, captured once; itself off CUDA, in train mode, or for a
-    score that is not of this file."""
+    """`step`, a partial of _step, from a CUDA graph that is captured once; or itself, where it cannot be."""
     score, x_0, *settings = step.args
     f, *args = getattr(score, "args", ()) or [None]
     if not (x_0.is_cuda and getattr(score, "func", None) in _SCORES and isinstance(f, torch.nn.Module)
@@ -85,9 +84,8 @@ def _graphed(step):
            *((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
            *(t.data_ptr() for t in (*f.parameters(), *f.buffers())))  # moved weights: another graph
     if key not in _graphs:
-        copies = [t.clone() for t in (x_0, x_0, *tensors)]  # x_k, xi, x_0, the score's
-        own = iter(copies[3:])
-        score = partial(score.func, f, *(next(own) if torch.is_tensor(a) else a for a in args))
+        copies = [t.clone() for t in (x_0, x_0, *tensors)]  # x_k, xi, x_0, and the score's, its first argument
+        score = partial(score.func, f, *copies[3:], *args[len(copies) - 3:])
         try:  # without the cache of casts, which would keep the weights of this moment
             with torch.cuda.device(x_0.device), torch.autocast("cuda", *amp, cache_enabled=False):
                 _graphs[key] = copies, *_capture(partial(_step, score, copies[2], *settings, *copies[:2]))
