@@ -84,7 +84,7 @@ def _graphed(step):
            *((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
            *(t.data_ptr() for t in (*f.parameters(), *f.buffers())))  # moved weights: another graph
     if key not in _graphs:
-        copies = [t.clone() for t in (x_0, x_0, *tensors)]  # x_k, xi, x_0, and the score's, its first argument
+        copies = [t.clone() for t in (x_0, x_0, *tensors)]  # x_k, xi, x_0, and the score's own: its first
         score = partial(score.func, f, *copies[3:], *args[len(copies) - 3:])
         try:  # without the cache of casts, which would keep the weights of this moment
             with torch.cuda.device(x_0.device), torch.autocast("cuda", *amp, cache_enabled=False):
