@@ -490,7 +490,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     """In the middle of a stage, whose window, iteration and K are part of the checkpoint."""
     flags = [*TINY, "--epochs", "12", "--auc-window", "5", "--auc-threshold", "0.3", "--epochs-per-step", "3",
              "--max-steps", "3"]
-    run_script("binary_at_ebm", *flags, "--out", tmp_path / "whole")
+    binary_at_ebm.main([*map(str, flags), "--out", str(tmp_path / "whole")])
     out = tmp_path / "stopped"
     process = subprocess.Popen([sys.executable, str(ROOT / "binary_at_ebm.py"), *flags, "--out", str(out)], cwd=ROOT,
                                stdout=subprocess.DEVNULL)
@@ -500,11 +500,12 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     assert process.wait() == -signal.SIGKILL
     stopped = torch.load(out / "checkpoint.pt", weights_only=True)
     assert stopped["epoch"] < 12 and stopped["stage"]["iteration"] > 0
-    run_script("binary_at_ebm", *flags, "--out", out)
+    binary_at_ebm.main([*map(str, flags), "--out", str(out)])
     assert same_end(tmp_path / "whole", out) and not list(out.glob("*.tmp"))
     assert torch.load(out / "checkpoint.pt", weights_only=True)["stage"]["K"] == 3
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(tmp_path, capsys, monkeypatch):
     def main(*flags):
         capsys.readouterr()

@@ -115,6 +115,7 @@ def test_cifar_resnet(arch, parameters):
     assert f.net.layer1(f.net.relu(f.net.bn1(f.net.conv1(inside)))).shape[2:] == (32, 32)  # stride 1, no pooling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 def test_crop_flip_gives_crops_of_the_padded_image(mode):
     torch.manual_seed(0)
@@ -187,11 +188,11 @@ def recognised(judge, name, f, x_0, labels):
     return accuracy(judge, x, labels)
 
 
-def learning(judge, run, twin):
+def learning(judge, run, twin, n=400):
     """Every figure of the claim, for a run and its unattacked twin, from the same seeds."""
     x, y = cem_sup.draw(2000, 0)
-    labels, generator = torch.arange(400) % 10, torch.Generator().manual_seed(0)
-    pooled = fit_gaussians(x).sample(400, generator=generator)
+    labels, generator = torch.arange(n) % 10, torch.Generator().manual_seed(0)
+    pooled = fit_gaussians(x).sample(n, generator=generator)
     per_class = fit_gaussians(x, y).sample(labels, generator=generator)
     figures = {"pooled seeds": recognised(judge, None, None, pooled, labels),
                "class seeds": recognised(judge, None, None, per_class, labels)}
@@ -208,7 +209,7 @@ def learning(judge, run, twin):
 @pytest.mark.slow
 def test_attacked_training_learns_to_sample(cem_sup_smoke, cem_sup_twin, judge):
     """Bounds lie below the worst of five seeds: see README, "Smoke runs and their controls"."""
-    figures = learning(judge, cem_sup_smoke.out, cem_sup_twin.out)
+    figures = learning(judge, cem_sup_smoke.out, cem_sup_twin.out, n=200)
     print(json.dumps(figures))
     x, y = cem_sup.draw(1000, 1)
     assert accuracy(judge, x, y) > 0.98  # the judge knows the classes
@@ -245,7 +246,7 @@ def start_and_stop(out, flags, sign, when):
 @pytest.mark.slow
 def test_killed_and_interrupted_runs_end_where_an_uninterrupted_one_does(tmp_path):
     flags = [*TINY, "--epochs", "15", "--limit-train", "512"]
-    run_script("cem_sup", *flags, "--out", tmp_path / "whole")
+    cem_sup.main([*map(str, flags), "--out", str(tmp_path / "whole")])
     out = tmp_path / "stopped"
     code, _ = start_and_stop(out, flags, signal.SIGKILL, lambda: (out / "checkpoint.pt").exists())
     assert code == -signal.SIGKILL
@@ -253,11 +254,12 @@ def test_killed_and_interrupted_runs_end_where_an_uninterrupted_one_does(tmp_pat
     code, err = start_and_stop(out, flags, signal.SIGINT, lambda: (out / "checkpoint.pt").exists() and torch.load(
         out / "checkpoint.pt", weights_only=True)["epoch"] > epoch)
     assert code == 130 and err.strip().startswith("cem_sup.py: error: interrupted") and "Traceback" not in err
-    run_script("cem_sup", *flags, "--out", out)
+    cem_sup.main([*map(str, flags), "--out", str(out)])
     assert same_end(tmp_path / "whole", out)
     assert not list(out.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(tmp_path, capsys):
     out = tmp_path / "run"
     stamps = lambda: {p.name: p.stat().st_mtime_ns for p in out.glob("*") if p.suffix in (".pt", ".npz")}  # noqa: E731
@@ -284,6 +286,7 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_results_belong_to_their_training(tmp_path, capsys):
     """Without its checkpoint a run is trained again: nothing of the old results stays."""
     cem_sup.main([*TINY, "--out", str(tmp_path)])
@@ -294,6 +297,7 @@ def test_results_belong_to_their_training(tmp_path, capsys):
     assert set(json.loads((tmp_path / "results.json").read_text())["samples"]) == {"cs"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_phase_is_done_again(tmp_path, monkeypatch):
     """A stop between a sampler's file and its row in results.json must not leave the row of the file before."""
     flags = [*TINY, "--out", str(tmp_path), "--sampler", "cs"]
@@ -413,6 +417,7 @@ def test_wrong_flags(flags, words, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_no_data_and_no_network(tmp_path):
     nowhere = {k: "http://127.0.0.1:9" for k in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
     done = run_script("cem_sup", "--data", tmp_path / "data", "--out", tmp_path / "out", env=nowhere, check=False)
@@ -435,6 +440,7 @@ def copied(tmp_path):
     return tmp_path / "alone"
 
 
+@pytest.mark.slow
 def test_unusable_out(tmp_path, capsys):
     cem_sup.main([*TINY, "--out", str(tmp_path / "run")])
     good, out = tmp_path / "run", tmp_path / "copy"

@@ -446,6 +446,7 @@ def entropies(g, score, alpha):
     return torch.stack(h)  # before each of ten steps and after them
 
 
+@pytest.mark.slow
 def test_attacked_training_learns_what_the_twin_does_not(cem_unsup_smoke, cem_unsup_twin):
     """Bounds lie below the worst of five seeds: see README, "Smoke runs and their controls"."""
     torch.manual_seed(0)
@@ -472,6 +473,7 @@ def test_pgd_lowers_the_batch_entropy_at_each_of_ten_steps(cem_unsup_smoke, alph
     assert (entropies(g, lambda x_0: info_nce(g, x_0, 0.5, other_positives=False), alpha).diff() < 0).all()
 
 
+@pytest.mark.slow
 def test_no_label_reaches_training(tmp_path, monkeypatch):
     flags = [*TINY, "--epochs", "1", "--sampler", "maxent", "--sample-steps", "0"]
     cem_unsup.main([*flags, "--out", str(tmp_path / "right")])
@@ -502,7 +504,7 @@ def same_end(a, b):
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     flags, out = [*TINY, "--epochs", "4"], tmp_path / "stopped"
-    run_script("cem_unsup", *flags, "--out", tmp_path / "whole")
+    cem_unsup.main([*map(str, flags), "--out", str(tmp_path / "whole")])
     process = subprocess.Popen([sys.executable, str(ROOT / "cem_unsup.py"), *flags, "--out", str(out)], cwd=ROOT,
                                stdout=subprocess.DEVNULL)
     while not (out / "checkpoint.pt").exists() and process.poll() is None:
@@ -510,10 +512,11 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] < 4
-    run_script("cem_unsup", *flags, "--out", out)
+    cem_unsup.main([*map(str, flags), "--out", str(out)])
     assert same_end(tmp_path / "whole", out) and not list(out.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(tmp_path, capsys):
     out = tmp_path / "run"
     stamps = lambda: {p.name: p.stat().st_mtime_ns for p in out.glob("*") if p.suffix in (".pt", ".npz")}  # noqa: E731

@@ -308,6 +308,7 @@ def test_the_other_methods_run_and_report(method, tmp_path):
 # ---------------------------------------------------------------- training, starts
 
 
+@pytest.mark.slow
 def test_each_method_trains_on_its_own_loss(tmp_path, monkeypatch):
     calls = []
 
@@ -355,6 +356,7 @@ def test_learning_rate_noise_and_crops(tmp_path, monkeypatch):
     assert crops == [{"mode": "reflect"}] * 3
 
 
+@pytest.mark.slow
 def test_starts(tmp_path):
     """--sample-steps 0 leaves them: Gaussians of a class or of all, noise, the chains in turn."""
     def images(name, *flags):
@@ -375,6 +377,7 @@ def test_starts(tmp_path):
     assert not torch.equal(written, images("gaussian", "--start", "pooled", "--seed-split", "test"))
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_energies(tmp_path):
     """The file's images are SGLD's, clamped: down E(x, y) for the class wanted, down E(x) from the buffer."""
     jeat.main([*TINY, "--out", str(tmp_path), "--sample-steps", "20", "--sample-noise", "0"])
@@ -413,7 +416,7 @@ def same_end(a, b):
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     flags = [*TINY, "--epochs", "12", "--limit-train", "256"]
-    run_script("jeat", *flags, "--out", tmp_path / "whole")
+    jeat.main([*map(str, flags), "--out", str(tmp_path / "whole")])
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, str(ROOT / "jeat.py"), *flags, "--out", str(out)], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -422,11 +425,12 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] < 12
-    run_script("jeat", *flags, "--out", out)
+    jeat.main([*map(str, flags), "--out", str(out)])
     assert same_end(tmp_path / "whole", out)
     assert not list(out.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(tmp_path, capsys):
     out = tmp_path / "run"
     stamps = lambda: {p.name: p.stat().st_mtime_ns for p in out.glob("*") if p.suffix in (".pt", ".npz")}  # noqa: E731
@@ -454,6 +458,7 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
 error = partial(conftest.error, jeat)
 
 
+@pytest.mark.slow
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
     """A loss or an energy that is not finite or beyond 1e8; both energies together, where the loss stays small."""
     flags = [*TINY, "--sampler", "noise", "--sample-steps", 1]

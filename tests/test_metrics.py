@@ -601,6 +601,7 @@ def run(*argv):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 def test_no_traceback_from_the_command(tmp_path):
     bad_sample("cut", tmp_path / "bad.npz")
     done = run(tmp_path / "bad.npz")

@@ -49,6 +49,7 @@ def test_scripts_import_only_samplers_and_metrics(name):
     assert found <= allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_and_samplers_alone_train_and_sample(name, tmp_path):
     for file in (f"{name}.py", "samplers.py"):
