@@ -421,6 +421,12 @@ def test_defaults_of_the_two_modes(capsys):
     assert "(0.0005, 0.1)" in shown and "the gate's last K" in shown
 
 
+def test_defaults_of_the_functions_that_are_copied():
+    assert gate.__defaults__ == (25, 0.8, 100, 5 * 1563)  # 1563 batches of 32 are an epoch
+    assert adversaries.__defaults__ == (25, 5, 0.1, 0.1, math.inf, math.inf, "l2")
+    assert at_ebm_loss.__defaults__ == (0.01,)
+
+
 def optimizers(monkeypatch):
     """What the optimisers and the loss are called with, as they are called."""
     seen = []

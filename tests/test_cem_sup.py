@@ -151,6 +151,8 @@ def test_defaults():
                   sampler=["ta", "langevin", "cs", "rcs"], cuda_graphs=False)
     args = vars(cem_sup.parse_args([]))
     assert {k: args[k] for k in wanted} == wanted
+    assert cem_sup.at_loss.__defaults__ == (7, 0.1, 0.5, "l2")
+    assert cem_sup.sample.__defaults__ == (60, 0.5, 30.0, "l2", 0.0, None)
 
 
 # ---------------------------------------------------------------- the smoke run and what it learns

@@ -545,6 +545,8 @@ def test_defaults():
                   num_samples=50000, seed_split="train", sampler=["maxent", "pgd"])
     args = vars(cem_unsup.parse_args([]))
     assert {k: args[k] for k in wanted} == wanted
+    assert batch_entropy.__defaults__ == (0.5,) and cem_unsup.cem_loss.__defaults__ == (0.5, "one", 7, 0.1, 0.5, "l2")
+    assert cem_unsup.sample.__defaults__ == (0.5, 60, 0.5, 30.0, "l2", 0.0, None)
 
 
 def test_training_passes_its_flags_views_and_whole_batches_on(tmp_path, monkeypatch):
