@@ -103,8 +103,12 @@ SMOKES = {
                               "--ood-sets")}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The tests that wait for smoke runs come last: meanwhile these go on beside the others."""
+    """The tests that wait for smoke runs are slow, and come last: meanwhile these go on beside the others."""
+    for item in items:
+        if not SMOKES.keys().isdisjoint(item.fixturenames):
+            item.add_marker("slow")
     items.sort(key=lambda item: not SMOKES.keys().isdisjoint(item.fixturenames))
 
 
