@@ -67,53 +67,29 @@ def _step(score, x_0, step_size, eps, norm, noise, clamp, x_k, xi):
 
 # ---------------------------------------------------------------- the same step from a CUDA graph
 ascend.cuda_graphs = False  # a program may set it: small batches are bound by kernel launches
-_graphs = {}  # {what capture bakes in: (x_k, xi, x_0 and the score's tensors; replay; outputs)}
-_pool, _side = cache(torch.cuda.graph_pool_handle), cache(torch.cuda.Stream)  # one for all: they take turns
+_graphs, _pool = {}, cache(torch.cuda.graph_pool_handle)  # {what capture bakes in: graph}; they take turns
 
 
 def _graphed(step):
     """`step`, a partial of _step, from a CUDA graph that is captured once; or itself, where it cannot be."""
     score, x_0, *settings = step.args
     f, *args = getattr(score, "args", ()) or [None]
-    if not (x_0.is_cuda and getattr(score, "func", None) in _SCORES and isinstance(f, torch.nn.Module)
-            and not any(m.training for m in f.modules())):
+    ours = isinstance(score, partial) and score.func.__module__ == __name__
+    if not (ours and x_0.is_cuda and isinstance(f, torch.nn.Module)) or any(m.training for m in f.modules()):
         return step
-    tensors = [x_0, *filter(torch.is_tensor, args)]
+    tensors, others = [x_0, *filter(torch.is_tensor, args)], [a for a in args if not torch.is_tensor(a)]
     amp = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-    key = (score.func, f, *settings, *amp, *(a for a in args if not torch.is_tensor(a)),
+    key = (score.func, f, *settings, *amp, *others,
            *((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
            *(t.data_ptr() for t in (*f.parameters(), *f.buffers())))  # moved weights: another graph
     if key not in _graphs:
-        copies = [t.clone() for t in (x_0, x_0, *tensors)]  # x_k, xi, x_0, and the score's own: its first
-        score = partial(score.func, f, *copies[3:], *args[len(copies) - 3:])
-        try:  # without the cache of casts, which would keep the weights of this moment
-            with torch.cuda.device(x_0.device), torch.autocast("cuda", *amp, cache_enabled=False):
-                _graphs[key] = copies, *_capture(partial(_step, score, copies[2], *settings, *copies[:2]))
-        except RuntimeError as e:
-            ascend.cuda_graphs = False
-            print(f"no CUDA graphs, eager steps from here on: {' '.join(str(e).split())[:200]}")
-            return step
-    (x_k, xi, *copies), replay, outputs = _graphs[key]
-    for copy, new in zip(copies, tensors):
-        copy.copy_(new)
-
-    def replayed(*new):
-        x_k.copy_(new[0]), xi.copy_(new[1])
-        replay()
-        return [t.clone() for t in outputs]
-    return replayed
-
-
-def _capture(step):
-    side, graph = _side(torch.cuda.current_device()), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # cuDNN's choices and workspaces: before the capture
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph, pool=_pool(), stream=side):
-        outputs = step()
-    return graph.replay, outputs
+        def same(x_k, xi, x_0, *tensors):  # a score's tensors come before its other arguments
+            return _step(partial(score.func, f, *tensors, *others), x_0, *settings, x_k, xi)
+        # without the cache of casts, which would keep the weights of this moment
+        with torch.cuda.device(x_0.device), torch.autocast("cuda", *amp, cache_enabled=False):
+            copies = tuple(t.clone() for t in (x_0, x_0, *tensors))
+            _graphs[key] = torch.cuda.make_graphed_callables(same, copies, pool=_pool())
+    return lambda x_k, xi: [t.clone() for t in _graphs[key](x_k, xi, *tensors)]
 
 
 def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generator=None, callback=None):
@@ -285,9 +261,6 @@ def _entropy(g, temperature, x):
         raise ValueError("the entropy of a batch needs at least two samples")
     z = torch.nn.functional.normalize(g(x), dim=1)
     return -_similarity(z, z.detach(), temperature).logsumexp(1)
-
-
-_SCORES = _supervised, _logit, _info_nce, _entropy
 
 
 # ---------------------------------------------------------------- starts
