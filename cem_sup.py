@@ -291,19 +291,20 @@ def open_out(args):
         return fail(f"--eval-only: no {path}") if args.eval_only else {"epoch": 0, "seconds": 0.0}
     try:
         state = torch.load(read := path, map_location="cpu", weights_only=True)
-        script, epoch, theirs, mine = state["script"], state["epoch"], state["args"], vars(args)
+        epoch, theirs, mine = state["epoch"], state["args"], vars(args)
+        if state["script"] != NAME:
+            raise ValueError(f"of {state['script']}.py")
         old = json.loads(results.read_text()) if (read := results).exists() else {}
         state["results"] = old if old.get("epoch") == epoch else state["results"]
     except Exception as e:
-        fail(f"{read} is damaged or foreign ({type(e).__name__}): move it away or name another --out")
-    fixed = sorted((theirs.keys() | mine) - FREE_FLAGS) if script == NAME else ()
-    changed = [k for k in fixed if mine.get(k) != theirs.get(k)]
-    other = "".join(f"; {k} was {theirs.get(k)}, is {mine.get(k)}" for k in changed)
-    if args.eval_only and script == NAME:
+        fail(f"{read} is damaged or foreign ({repr(e)[:60]}): move it away or name another --out")
+    other = "".join(f"; {k} was {theirs.get(k)}, is {mine.get(k)}" for k in sorted(theirs.keys() | mine)
+                    if k not in FREE_FLAGS and mine.get(k) != theirs.get(k))
+    if args.eval_only:
         print(f"--eval-only takes the training's flags from the checkpoint{other}")
-        mine.update({k: theirs[k] for k in fixed if k in theirs}, epochs=epoch)
-    elif script != NAME or changed or args.epochs < epoch:
-        fail(f"{path}: {script}.py, {epoch} epochs. --epochs may grow, all else needs another --out{other}")
+        mine.update({k: v for k, v in theirs.items() if k not in FREE_FLAGS}, epochs=epoch)
+    elif other or args.epochs < epoch:
+        fail(f"{path}: {epoch} epochs are done. --epochs may grow, all else needs another --out{other}")
     elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
     print(f"{args.out}: {epoch} of {args.epochs} epochs are done")
@@ -318,7 +319,7 @@ def restore(args, state, model, optimizer):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and "cuda" in args.device:
+        if state.get("cuda_rng") is not None and "cuda" in args.device:
             torch.cuda.set_rng_state(state["cuda_rng"], args.device)
 
 
@@ -327,9 +328,8 @@ def end_epoch(args, state, model, optimizer, begun, n, **figures):
     check_loss(args, sum(p.detach().sum() for p in model.parameters()).item() * 0)  # NaN of a weight
     took = time.time() - begun
     state |= dict(epoch=state["epoch"] + 1, seconds=state["seconds"] + took, script=NAME, args=vars(args),
-                  rng=torch.get_rng_state(), model=model.state_dict(), optimizer=optimizer.state_dict())
-    if "cuda" in args.device:
-        state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+                  rng=torch.get_rng_state(), model=model.state_dict(), optimizer=optimizer.state_dict(),
+                  cuda_rng=torch.cuda.get_rng_state(args.device) if "cuda" in args.device else None)
     state["results"] = {"epoch": state["epoch"], "seconds": {"train": state["seconds"]}, "accuracy": {},
                         "samples": {}, "done": {}}
     torch.save(state, buffer := io.BytesIO())
@@ -355,8 +355,7 @@ COUNT, REAL = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
 
 
 def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
-    """The arguments: the flags that mean the same in all four scripts, and a script's own [(group, flag,
-    options)]; --smoke changes the defaults to `smoke`. No NaN; inf as a radius only."""
+    """The arguments: flags that mean the same in all scripts, and a script's own (group, flag, options)."""
     parser = argparse.ArgumentParser(f"{NAME}.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
@@ -395,9 +394,7 @@ def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
     evaluation("--inception-weights", metavar="PATH", help="for IS, FID; default: downloaded, on CUDA only")
     for group, flag, options in own:
         groups[group](flag, **options)
-    parser.set_defaults(**defaults)
-    if parser.parse_args(argv).smoke:
-        parser.set_defaults(**smoke)
+    parser.set_defaults(**defaults | (smoke if "--smoke" in (sys.argv if argv is None else argv) else {}))
     args = parser.parse_args(argv)
     args.amp = "cuda" in args.device if args.amp is None else args.amp
     args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]

@@ -381,7 +381,9 @@ def test_auroc_is_of_the_logit_of_the_data_against_the_set(tmp_path):
 def test_load_set(tmp_path, monkeypatch):
     args, rest = binary_at_ebm.parse_args(["--data", str(tmp_path)]), torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     load = lambda name, train=False: binary_at_ebm.load_set(name, args, rest, train)  # noqa: E731
-    assert load("rest") is rest
+    assert torch.equal(load("rest"), rest)
+    with pytest.raises(ValueError):
+        binary_at_ebm.load_set("rest", args, rest[:0])
     noise = load("noise")
     assert noise.dtype == torch.uint8 and abs(noise.float().mean() - 127.5) < 0.2 and noise.unique().numel() == 256
     assert torch.equal(noise, load("noise")) and not torch.equal(noise, load("noise", train=True))
@@ -598,7 +600,7 @@ def test_all_classes_leave_no_rest_and_no_source(capsys, tmp_path, monkeypatch):
     assert "--translate-from" in error(capsys, "--smoke", "--out", tmp_path / "out", "--sampler", "translation")
     binary_at_ebm.parse_args(["--smoke", "--sampler", "ascent", "translation"])
     assert "no --translate-from: no translation" in capsys.readouterr().out
-    assert "--p0 rest: no images outside --classes" in error(capsys, "--smoke", "--out", tmp_path / "out")
+    assert "--p0 rest: no images" in error(capsys, "--smoke", "--out", tmp_path / "out")
 
 
 @pytest.mark.slow
