@@ -1,12 +1,16 @@
 """The layout that readers and copiers rely on: repeated blocks are identical, files stand alone and stay readable."""
 import ast
+import importlib
+import json
 import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, run_script
+from samplers import ReplayBuffer
 
 SCRIPTS = [p for p in ("cem_sup", "cem_unsup", "jeat", "binary_at_ebm") if (ROOT / f"{p}.py").exists()]
 BLOCKS = ["drawn data", "loader", "crop_flip", "log", "checkpoint", "flags", "main"]
@@ -57,3 +61,29 @@ def test_a_script_and_samplers_alone_train_and_sample(name, tmp_path):
     run_script(name, "--smoke", "--epochs", 1, "--limit-train", 128, "--limit-test", 50, "--num-samples", 20,
                "--sample-steps", 2, "--device", "cpu", cwd=tmp_path)
     assert list((tmp_path / "runs" / f"{name}-smoke").glob("samples_*.png"))
+
+
+LOSSES = {"cem_sup": "at_loss", "cem_unsup": "cem_loss", "jeat": "jeat_loss", "binary_at_ebm": "at_ebm_loss"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_logged_loss_is_the_mean_over_the_epoch(name, tmp_path, monkeypatch):
+    """Over the images, for a last batch that is smaller; cem_unsup leaves it out; AT-EBM's is over the iterations."""
+    script, seen = importlib.import_module(name), []
+    method = getattr(script, LOSSES[name])
+
+    def spy(f, *args):
+        value = method(f, *args)
+        seen.append((value[0] if isinstance(value, tuple) else value).item())
+        return value
+    monkeypatch.setattr(script, LOSSES[name], spy)
+    args = script.parse_args(["--smoke", "--out", str(tmp_path), "--epochs", "1", "--batch-size", "16",
+                              "--device", "cpu"])
+    (x, y), f = script.draw(40, 0), script.make_model("small")
+    begin = {"epoch": 0, "seconds": 0.0}
+    inputs = {"cem_sup": (f, x, y), "cem_unsup": (f, x), "jeat": (f, ReplayBuffer(40, (3, 32, 32)), x, y),
+              "binary_at_ebm": (f, x, x.flip(0))}
+    script.train(*inputs[name], args, begin)
+    weights = {"cem_unsup": [1, 1], "binary_at_ebm": [1, 1, 1]}.get(name, [16, 16, 8])
+    (epoch,) = [r for r in map(json.loads, open(tmp_path / "log.jsonl")) if r["event"] == "epoch"]
+    assert epoch["loss"] == pytest.approx(np.average(seen, weights=weights), rel=1e-4) and len(set(seen)) == len(seen)
