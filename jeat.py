@@ -374,7 +374,6 @@ def open_out(args):
         fail(f"{path}: {epoch} epochs are done. --epochs may grow, all else needs another --out{other}")
     elif args.epochs != theirs["epochs"]:
         print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
-    print(f"{args.out}: {epoch} of {args.epochs} epochs are done")
     return state
 
 
@@ -382,6 +381,7 @@ def restore(args, state, model, optimizer):
     """Make --out; put the state into model, optimiser and random numbers."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
     log(args, event="start", epoch=state["epoch"])
+    print(f"{args.out}: {state['epoch']} of {args.epochs} epochs are done; {args.arch} on {args.device}")
     if "model" in state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

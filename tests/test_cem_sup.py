@@ -165,6 +165,7 @@ def test_defaults():
 @pytest.mark.slow
 def test_smoke_writes_everything(cem_sup_smoke):
     out = cem_sup_smoke.out
+    assert cem_sup_smoke.stdout.startswith(f"{out}: 0 of 12 epochs are done; small on c")  # or on the GPU
     results = json.loads((out / "results.json").read_text())
     assert {"args", "versions", "device", "seconds", "accuracy", "samples"} <= set(results)
     assert set(results["samples"]) == {"ta", "langevin", "cs", "rcs"}
