@@ -192,6 +192,8 @@ def eval_mode(*modules):
 # gradient a grad f_y + b sum_k p_k grad f_k; LSE f = log sum_k exp f_k.
 def _supervised_score(a, b, doc):
     def score(f, y=None):
+        if a and y is None:
+            raise ValueError("this score needs the labels y")
         return partial(_supervised, f, y, a, b)
     score.__doc__ = doc
     return score

@@ -472,11 +472,14 @@ def test_every_iteration_uses_the_stage_and_its_own_images(tmp_path, monkeypatch
         return at_ebm_loss(f, x_pos, x_neg, r1)
     monkeypatch.setattr(binary_at_ebm, "adversaries", attacks)
     monkeypatch.setattr(binary_at_ebm, "at_ebm_loss", loss)
+    stages = []
+    monkeypatch.setattr(binary_at_ebm, "gate", lambda stage, *rest: (stages.append(stage), gate(stage, *rest))[1])
     binary_at_ebm.main(["--arch", "small", "--classes", "7", "--p0", "rest", "--out", str(tmp_path), "--device", "cpu",
                         "--epochs", "5", "--auc-window", "1", "--auc-threshold", "0", "--max-steps", "3", "--amp",
                         "--num-samples", "5", "--sample-steps", "1", "--ood-sets", "--batch-size", "10",
                         "--epochs-per-step", "1"])
     assert seen == [v for K in (0, 1, 2, 3, 3) for v in ("crop", "crop", (K, True, True, True), False)]
+    assert stages[:4] == [{"K": K, "window": [], "iteration": 0} for K in range(4)]
 
 
 # ---------------------------------------------------------------- resume

@@ -279,6 +279,9 @@ def test_scores_show_their_tensors():
         score = make(*args)
         assert isinstance(score, partial) and score.func is vars(samplers)[score.func.__name__]
         assert all(a is b for a, b in zip(score.args, args))
+    for make in labelled:
+        with pytest.raises(ValueError, match="labels"):
+            make(f)
 
 
 def test_adversarial_training_is_a_biased_maximum_likelihood_step():
