@@ -1,5 +1,4 @@
 """cem_sup.py: the loss, the net, the augmentation; the smoke run and its claims against controls; resume; bad input."""
-import argparse
 import copy
 import json
 import os
@@ -23,8 +22,22 @@ import conftest
 from conftest import ROOT, classifier, run_script, train_judge
 from samplers import accuracy, cross_entropy, fit_gaussians, to_float
 
-TINY = ["--smoke", "--limit-train", "256", "--limit-test", "50", "--num-samples", "20", "--epochs", "2",
+TINY = ["--smoke", "--limit-train", "256", "--limit-test", "20", "--num-samples", "20", "--epochs", "2",
         "--sample-steps", "3", "--attack-steps", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny")
+    cem_sup.main([*TINY, "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A copy of a finished run of TINY."""
+    return shutil.copytree(tiny, tmp_path / "run")
+
 
 # ---------------------------------------------------------------- the method
 
@@ -115,19 +128,18 @@ def test_cifar_resnet(arch, parameters):
     assert f.net.layer1(f.net.relu(f.net.bn1(f.net.conv1(inside)))).shape[2:] == (32, 32)  # stride 1, no pooling
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 def test_crop_flip_gives_crops_of_the_padded_image(mode):
     torch.manual_seed(0)
     x = torch.rand(2, 3, 8, 8)
     padded = F.pad(x, (4,) * 4, mode=mode)
+    where = [(i, j, flip) for i in range(9) for j in range(9) for flip in (0, 1)]
+    crops = [padded[:, :, i:i + 8, j:j + 8].flip(3) if flip else padded[:, :, i:i + 8, j:j + 8] for i, j, flip in where]
+    crops = torch.stack(crops, 1)  # all 162 of each image
     seen = []  # (row offset, column offset, flip) of both images in 600 calls
     for _ in range(600):
-        for k, out in enumerate(cem_sup.crop_flip(x, mode=mode)):
-            found = [(i, j, flip) for i in range(9) for j in range(9) for flip in (0, 1)
-                     if out[0, 0, 0] == padded[k, 0, i, j + 7 * flip]
-                     and torch.equal(out.flip(2) if flip else out, padded[k, :, i:i + 8, j:j + 8])]
-            seen.append(found[0])
+        found = (crops == cem_sup.crop_flip(x, mode=mode)[:, None]).flatten(2).all(2)
+        seen += [where[row.nonzero()[0]] for row in found]
     if mode == "constant":  # (a reflected window can equal the flip of another)
         seen = np.array(seen).reshape(600, 6).T  # six numbers, each uniform, independent of each other
         for values in seen:
@@ -179,7 +191,7 @@ def test_smoke_writes_everything(cem_sup_smoke):
     assert [r["epoch"] for r in epochs] == list(range(1, 13))
     assert epochs[-1]["loss"] < 0.5 * epochs[0]["loss"]
     assert [round(r["lr"], 6) for r in epochs] == [0.1] * 9 + [0.01] * 2 + [0.001]  # drops at 0.7 and 0.9 of 12
-    f, (x, y) = classifier(out), [t[:500] for t in cem_sup.draw(1000, 1)]
+    f, (x, y) = classifier(out), [t[:300] for t in cem_sup.draw(1000, 1)]
     assert results["accuracy"]["clean"] == accuracy(f, x, y)
     pgd20 = accuracy(f, x, y, cross_entropy, steps=20, step_size=2.5 * 3 / 20, eps=3.0)  # README's protocol
     assert abs(results["accuracy"]["pgd20"] - pgd20) <= 0.01
@@ -195,28 +207,29 @@ def recognised(judge, name, f, x_0, labels):
     return accuracy(judge, x, labels)
 
 
-def learning(judge, run, twin, n=400):
-    """Every figure of the claim, for a run and its unattacked twin, from the same seeds."""
+def learning(judge, run, twin, n=400, wanted=None):
+    """Every figure of the claim, or those wanted, for a run and its unattacked twin, from the same seeds."""
     x, y = cem_sup.draw(2000, 0)
     labels, generator = torch.arange(n) % 10, torch.Generator().manual_seed(0)
     pooled = fit_gaussians(x).sample(n, generator=generator)
     per_class = fit_gaussians(x, y).sample(labels, generator=generator)
-    figures = {"pooled seeds": recognised(judge, None, None, pooled, labels),
-               "class seeds": recognised(judge, None, None, per_class, labels)}
+    figures = {"pooled seeds": partial(recognised, judge, None, None, pooled, labels),
+               "class seeds": partial(recognised, judge, None, None, per_class, labels)}
+    attack = dict(score=cross_entropy, steps=20, step_size=0.25, eps=2.0)
     for who, f in {"attacked": classifier(run), "twin": classifier(twin)}.items():
-        x_test, y_test = cem_sup.draw(500, 1)
-        figures[f"{who} clean"] = accuracy(f, x_test, y_test)
-        figures[f"{who} pgd20"] = accuracy(f, x_test, y_test, cross_entropy, steps=20, step_size=0.25, eps=2.0)
+        figures[f"{who} clean"] = partial(accuracy, f, *cem_sup.draw(500, 1))
+        figures[f"{who} pgd20"] = partial(accuracy, f, *cem_sup.draw(500, 1), **attack)
         for name in ("ta", "cs"):
-            figures[f"{who} {name} pooled"] = recognised(judge, name, f, pooled, labels)
-        figures[f"{who} rcs class"] = recognised(judge, "rcs", f, per_class, labels)
-    return figures
+            figures[f"{who} {name} pooled"] = partial(recognised, judge, name, f, pooled, labels)
+        figures[f"{who} rcs class"] = partial(recognised, judge, "rcs", f, per_class, labels)
+    return {name: figure() for name, figure in figures.items() if name in (wanted or figures)}
 
 
 @pytest.mark.slow
 def test_attacked_training_learns_to_sample(cem_sup_smoke, cem_sup_twin, judge):
     """Bounds lie below the worst of five seeds: see README, "Smoke runs and their controls"."""
-    figures = learning(judge, cem_sup_smoke.out, cem_sup_twin.out, n=200)
+    figures = learning(judge, cem_sup_smoke.out, cem_sup_twin.out, 200, [
+        "pooled seeds", "attacked ta pooled", "attacked cs pooled", "twin cs pooled", "attacked pgd20", "twin pgd20"])
     print(json.dumps(figures))
     x, y = cem_sup.draw(1000, 1)
     assert accuracy(judge, x, y) > 0.98  # the judge knows the classes
@@ -252,12 +265,13 @@ def start_and_stop(out, flags, sign, when):
 
 @pytest.mark.slow
 def test_killed_and_interrupted_runs_end_where_an_uninterrupted_one_does(tmp_path):
-    flags = [*TINY, "--epochs", "15", "--limit-train", "512"]
+    flags = [*TINY, "--epochs", "6"]
     cem_sup.main([*map(str, flags), "--out", str(tmp_path / "whole")])
     out = tmp_path / "stopped"
     code, _ = start_and_stop(out, flags, signal.SIGKILL, lambda: (out / "checkpoint.pt").exists())
     assert code == -signal.SIGKILL
     epoch = torch.load(out / "checkpoint.pt", weights_only=True)["epoch"]
+    assert epoch < 6
     code, err = start_and_stop(out, flags, signal.SIGINT, lambda: (out / "checkpoint.pt").exists() and torch.load(
         out / "checkpoint.pt", weights_only=True)["epoch"] > epoch)
     assert code == 130 and err.strip().startswith("cem_sup.py: error: interrupted") and "Traceback" not in err
@@ -267,10 +281,9 @@ def test_killed_and_interrupted_runs_end_where_an_uninterrupted_one_does(tmp_pat
 
 
 @pytest.mark.slow
-def test_what_is_done_is_not_done_again(tmp_path, capsys):
-    out = tmp_path / "run"
+def test_what_is_done_is_not_done_again(run, capsys):
+    out = run
     stamps = lambda: {p.name: p.stat().st_mtime_ns for p in out.glob("*") if p.suffix in (".pt", ".npz")}  # noqa: E731
-    cem_sup.main([*TINY, "--out", str(out)])
     first = stamps()
     cem_sup.main([*TINY, "--out", str(out)])
     assert stamps() == first
@@ -283,25 +296,24 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["epoch"] == 3 and "accuracy clean" in json.loads((out / "results.json").read_text())["done"]
     capsys.readouterr()
-    cem_sup.main(["--eval-only", "--out", str(out), "--device", "cpu", "--num-samples", "10", "--limit-test", "20",
+    cem_sup.main(["--eval-only", "--out", str(out), "--device", "cpu", "--num-samples", "10", "--limit-test", "10",
                   "--attack-eps", "1"])
     said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
     assert np.load(out / "samples_ta.npz")["arr_0"].shape == (10, 32, 32, 3)
     assert "attack_eps was 3.0, is 1.0" in said and "accuracy clean: already" not in said  # of other images
     flags = ("attack_eps", "limit_train", "batch_size", "limit_test")
-    assert [results["args"][k] for k in flags] == [3.0, 256, 128, 20]
+    assert [results["args"][k] for k in flags] == [3.0, 256, 128, 10]
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 3
 
 
 @pytest.mark.slow
-def test_results_belong_to_their_training(tmp_path, capsys):
+def test_results_belong_to_their_training(run, capsys):
     """Without its checkpoint a run is trained again: nothing of the old results stays."""
-    cem_sup.main([*TINY, "--out", str(tmp_path)])
-    (tmp_path / "checkpoint.pt").unlink()
+    (run / "checkpoint.pt").unlink()
     capsys.readouterr()
-    cem_sup.main([*TINY, "--out", str(tmp_path), "--seed", "5", "--sampler", "cs"])
+    cem_sup.main([*TINY, "--out", str(run), "--seed", "5", "--sampler", "cs"])
     assert "already" not in capsys.readouterr().out
-    assert set(json.loads((tmp_path / "results.json").read_text())["samples"]) == {"cs"}
+    assert set(json.loads((run / "results.json").read_text())["samples"]) == {"cs"}
 
 
 @pytest.mark.slow
@@ -330,23 +342,22 @@ def test_an_interrupted_phase_is_done_again(tmp_path, monkeypatch):
     assert np.array_equal(np.load(tmp_path / "samples_cs.npz")["arr_0"], before)
 
 
-def test_a_stop_beside_the_new_checkpoint_leaves_no_old_results(tmp_path, monkeypatch):
+def test_a_stop_beside_the_new_checkpoint_leaves_no_old_results(run, monkeypatch):
     """results.json of epoch 2, then a stop right after the checkpoint of epoch 3 has replaced that of epoch 2."""
-    flags, replace = [*TINY, "--out", str(tmp_path), "--sampler", "cs"], cem_sup.replace_files
+    flags, replace = [*TINY, "--out", str(run), "--sampler", "cs"], cem_sup.replace_files
 
     def stop(files):
         replace(files)
         raise OSError("stopped")
-    cem_sup.main(flags)
-    old = (tmp_path / "results.json").read_bytes()
+    old = (run / "results.json").read_bytes()
     monkeypatch.setattr(cem_sup, "replace_files", stop)
     with pytest.raises(SystemExit):
         cem_sup.main([*flags, "--epochs", "3"])
-    assert (tmp_path / "results.json").read_bytes() == old
+    assert (run / "results.json").read_bytes() == old
     monkeypatch.setattr(cem_sup, "replace_files", replace)
     monkeypatch.setattr(cem_sup, "accuracy", lambda *a, **k: 0.25)  # evaluated again
     cem_sup.main([*flags, "--epochs", "3"])
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((run / "results.json").read_text())
     assert results["accuracy"] == {"clean": 0.25, "pgd20": 0.25} and results["epoch"] == 3
 
 
@@ -396,14 +407,14 @@ def test_learning_rate_and_weight_decay(tmp_path, monkeypatch):
     np.testing.assert_allclose(seen, [[lr, 0.9, 5e-4] for lr in rates])
 
 
-def test_every_sampler_starts_from_the_same_seeds(tmp_path):
-    cem_sup.main([*TINY, "--out", str(tmp_path), "--sample-steps", "0", "--start", "noise"])
-    images = [np.load(tmp_path / f"samples_{n}.npz")["arr_0"] for n in cem_sup.SAMPLERS]
+def test_every_sampler_starts_from_the_same_seeds(run):
+    cem_sup.main([*TINY, "--out", str(run), "--sample-steps", "0", "--start", "noise"])
+    images = [np.load(run / f"samples_{n}.npz")["arr_0"] for n in cem_sup.SAMPLERS]
     assert all(np.array_equal(images[0], i) for i in images) and abs(images[0].mean() - 127.5) < 2
-    cem_sup.main([*TINY, "--out", str(tmp_path), "--sample-steps", "0", "--seed-split", "test"])
-    test_split = np.load(tmp_path / "samples_ta.npz")["arr_0"]
-    cem_sup.main([*TINY, "--out", str(tmp_path), "--sample-steps", "0", "--seed-split", "test", "--limit-test", "100"])
-    assert not np.array_equal(test_split, np.load(tmp_path / "samples_ta.npz")["arr_0"])  # other Gaussians
+    cem_sup.main([*TINY, "--out", str(run), "--sample-steps", "0", "--seed-split", "test"])
+    test_split = np.load(run / "samples_ta.npz")["arr_0"]
+    cem_sup.main([*TINY, "--out", str(run), "--sample-steps", "0", "--seed-split", "test", "--limit-test", "100"])
+    assert not np.array_equal(test_split, np.load(run / "samples_ta.npz")["arr_0"])  # other Gaussians
 
 
 # ---------------------------------------------------------------- bad input
@@ -440,17 +451,9 @@ def test_broken_data(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def copied(tmp_path):
-    (tmp_path / "alone").mkdir()
-    for file in ("cem_sup.py", "samplers.py"):
-        shutil.copy(ROOT / file, tmp_path / "alone")
-    return tmp_path / "alone"
-
-
 @pytest.mark.slow
-def test_unusable_out(tmp_path, capsys):
-    cem_sup.main([*TINY, "--out", str(tmp_path / "run")])
-    good, out = tmp_path / "run", tmp_path / "copy"
+def test_unusable_out(tiny, tmp_path, capsys, monkeypatch):
+    good, out = tiny, tmp_path / "copy"
 
     def copy():
         shutil.rmtree(out, ignore_errors=True)
@@ -467,25 +470,30 @@ def test_unusable_out(tmp_path, capsys):
     assert "damaged or foreign" in error(capsys, *TINY, "--out", out)
     torch.save({**torch.load(good / "checkpoint.pt", weights_only=True), "script": "jeat"}, checkpoint)
     assert "jeat.py" in error(capsys, *TINY, "--out", out)
-    torch.save(argparse.Namespace(epoch=1), checkpoint)  # a pickle is not loaded
-    assert "damaged or foreign" in error(capsys, *TINY, "--out", out)
+
+    class Pickle:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "loaded",)
+    torch.save(Pickle(), checkpoint)
+    assert "damaged or foreign" in error(capsys, *TINY, "--out", out) and not (tmp_path / "loaded").exists()
     copy()
     (out / "results.json").write_text("{")
     assert "results.json" in error(capsys, *TINY, "--out", out)
     assert "--eval-only: no" in error(capsys, "--eval-only", "--out", tmp_path / "nothing")
-    run_script("cem_sup", *TINY, cwd=copied(tmp_path))  # a bare --smoke starts afresh, but for --eval-only
-    run_script("cem_sup", "--smoke", "--eval-only", "--num-samples", 10, "--sample-steps", 1, cwd=tmp_path / "alone")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(good, "runs/cem_sup-smoke")
+    cem_sup.main([*TINY, "--seed", "5"])  # a bare --smoke starts afresh, but for --eval-only
+    cem_sup.main(["--smoke", "--eval-only", "--num-samples", "10", "--sample-steps", "1", "--limit-test", "10"])
     (tmp_path / "file").write_text("")
     error(capsys, *TINY, "--out", tmp_path / "file" / "below")
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
-    cem_sup.main([*TINY, "--out", str(tmp_path)])
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, capsys, monkeypatch):
+    before = (run / "checkpoint.pt").read_bytes()
     for factor in (float("nan"), 1e9):
         monkeypatch.setattr(cem_sup, "at_loss", lambda f, x, y, *attack: factor * (f(x) * 0 + 1).sum())
-        assert "diverged" in error(capsys, *TINY, "--epochs", 3, "--out", tmp_path, code=1)
-        assert (tmp_path / "checkpoint.pt").read_bytes() == before
+        assert "diverged" in error(capsys, *TINY, "--epochs", 3, "--out", run, code=1)
+        assert (run / "checkpoint.pt").read_bytes() == before
 
     def last_step_breaks(f, x, y, *attack):  # a finite loss whose gradient is not
         return (f(x) ** 2 * 0).sum().sqrt()
