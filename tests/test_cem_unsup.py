@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +28,22 @@ from conftest import ROOT, run_script
 from samplers import accuracy, ascend, cross_entropy, entropy, eval_mode, fit_gaussians, info_nce
 
 NAMES = {"maxent-uncond", "maxent-cond", "pgd-uncond", "pgd-cond"}
-TINY = ["--smoke", "--limit-train", "256", "--limit-test", "50", "--num-samples", "20", "--epochs", "2",
+TINY = ["--smoke", "--limit-train", "256", "--limit-test", "20", "--num-samples", "20", "--epochs", "2",
         "--sample-steps", "3", "--attack-steps", "1", "--device", "cpu"]
 close = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny")
+    cem_unsup.main([*TINY, "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A copy of a finished run of TINY."""
+    return shutil.copytree(tiny, tmp_path / "run")
 
 
 def encoder(seed=0):
@@ -449,12 +463,8 @@ def entropies(g, score, alpha):
 @pytest.mark.slow
 def test_attacked_training_learns_what_the_twin_does_not(cem_unsup_smoke, cem_unsup_twin):
     """Bounds lie below the worst of five seeds: see README, "Smoke runs and their controls"."""
-    torch.manual_seed(0)
-    nets = {"attacked": trained(cem_unsup_smoke.out), "twin": trained(cem_unsup_twin.out),
-            "untrained": cem_unsup.make_model("small").eval()}
-    figures = {name: learning(g) for name, g in nets.items()}
-    print(json.dumps(figures))
-    attacked, twin = figures["attacked"], figures["twin"]
+    attacked, twin = (learning(trained(run.out)) for run in (cem_unsup_smoke, cem_unsup_twin))
+    print(json.dumps({"attacked": attacked, "twin": twin}))
     assert attacked["pgd l2 0.5"] >= 0.5 and attacked["pgd l2 0.5"] > twin["pgd l2 0.5"] + 0.15
     assert attacked["coarse"] >= 0.3 and attacked["coarse"] >= 2 * twin["coarse"]
     reported = json.loads((cem_unsup_smoke.out / "results.json").read_text())["accuracy"]
@@ -517,10 +527,9 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_done_is_not_done_again(tmp_path, capsys):
-    out = tmp_path / "run"
+def test_what_is_done_is_not_done_again(run, capsys):
+    out = run
     stamps = lambda: {p.name: p.stat().st_mtime_ns for p in out.glob("*") if p.suffix in (".pt", ".npz")}  # noqa: E731
-    cem_unsup.main([*TINY, "--out", str(out)])
     first = stamps()
     assert set(first) == {"checkpoint.pt", *(f"samples_{name}.npz" for name in NAMES)}
     cem_unsup.main([*TINY, "--out", str(out), "--start", "class"])  # a part of what is there
@@ -531,7 +540,7 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     cem_unsup.main([*TINY, "--out", str(out), "--epochs", "3"])  # may grow
     assert "--epochs was 2" in capsys.readouterr().out
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 3
-    cem_unsup.main(["--eval-only", "--out", str(out), "--device", "cpu", "--num-samples", "10", "--limit-test", "20",
+    cem_unsup.main(["--eval-only", "--out", str(out), "--device", "cpu", "--num-samples", "10", "--limit-test", "10",
                     "--sample-steps", "2"])
     assert np.load(out / "samples_maxent-uncond.npz")["arr_0"].shape == (10, 32, 32, 3)
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 3
@@ -614,19 +623,17 @@ def test_wrong_flags(flags, words, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_training_flags_of_another_run_are_refused(tmp_path, capsys):
+def test_training_flags_of_another_run_are_refused(run, capsys):
     """The rest of what can be wrong with --out is in a block, and tested with cem_sup."""
-    cem_unsup.main([*TINY, "--out", str(tmp_path), "--sample-steps", "0"])
-    assert "temperature was 0.5, is 0.2" in error(capsys, *TINY, "--out", tmp_path, "--temperature", 0.2)
-    assert "attack_views was one, is both" in error(capsys, *TINY, "--out", tmp_path, "--attack-views", "both")
+    assert "temperature was 0.5, is 0.2" in error(capsys, *TINY, "--out", run, "--temperature", 0.2)
+    assert "attack_views was one, is both" in error(capsys, *TINY, "--out", run, "--attack-views", "both")
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
-    cem_unsup.main([*TINY, "--out", str(tmp_path), "--sample-steps", "0"])
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, capsys, monkeypatch):
+    before = (run / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(cem_unsup, "cem_loss", lambda g, x, *rest: g(x).sum() * float("nan"))
-    assert "diverged" in error(capsys, *TINY, "--epochs", 3, "--out", tmp_path, code=1)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert "diverged" in error(capsys, *TINY, "--epochs", 3, "--out", run, code=1)
+    assert (run / "checkpoint.pt").read_bytes() == before
 
 
 # ---------------------------------------------------------------- real data, CUDA
