@@ -3,6 +3,7 @@ resume with the replay buffer; divergence; bad input."""
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,22 @@ from jeat import energy, jeat_loss, joint_energy
 from samplers import (ReplayBuffer, accuracy, ascend, cross_entropy, fit_gaussians, joint_energy_score, log_p_x, sgld,
                       to_float, to_uint8)
 
-TINY = ["--smoke", "--limit-train", "128", "--limit-test", "20", "--num-samples", "20", "--epochs", "2",
+TINY = ["--smoke", "--limit-train", "128", "--limit-test", "5", "--num-samples", "20", "--epochs", "2",
         "--sample-steps", "3", "--sgld-steps", "2", "--buffer-size", "40", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny")
+    jeat.main([*TINY, "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A copy of a finished run of TINY."""
+    return shutil.copytree(tiny, tmp_path / "run")
+
 
 # ---------------------------------------------------------------- the method
 
@@ -177,7 +192,7 @@ def test_defaults_of_the_methods():
 
 
 def epochs_of(out):
-    return [r for r in map(json.loads, open(out / "log.jsonl")) if r["event"] == "epoch"]
+    return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["event"] == "epoch"]
 
 
 def results_of(out):
@@ -250,7 +265,7 @@ def test_flatness_attacks_and_samples_the_images():
     assert found["drift"] == pytest.approx((x_k - x).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
 
 
-def learning(judge, run, twin):
+def learning(judge, run, twin, raw=True):
     """Every figure of the claim, for a run and its unattacked twin, from the same seeds."""
     x, y = jeat.draw(2000, 0)
     labels = torch.arange(200) % 10
@@ -268,8 +283,9 @@ def learning(judge, run, twin):
         figures[f"{who} E(after SGLD) - E(data), medians"] = e_x["sgld"][2] - e_x["clean"][2]
         x_k = jeat.sample(f, pooled, labels, 60, 0.5, norm="l2", noise=0.0)
         figures[f"{who} l2"] = accuracy(judge, to_uint8(x_k), labels)
-        x_k = jeat.sample(f, pooled, labels, generator=torch.Generator().manual_seed(1))
-        figures[f"{who} raw"] = accuracy(judge, to_uint8(x_k), labels)
+        if raw:
+            x_k = jeat.sample(f, pooled, labels, generator=torch.Generator().manual_seed(1))
+            figures[f"{who} raw"] = accuracy(judge, to_uint8(x_k), labels)
     last, buffer = epochs_of(run)[-1], torch.load(run / "checkpoint.pt", weights_only=True)["buffer"]["x"]
     f, x = jeat_classifier(run), to_float(x[:500])
     with torch.no_grad():
@@ -282,7 +298,7 @@ def learning(judge, run, twin):
 @pytest.mark.slow
 def test_jeat_learns_a_flat_energy_that_samples(jeat_smoke, jeat_twin, judge):
     """Bounds lie below the worst of five seeds: see README, "Smoke runs and their controls"."""
-    figures = learning(judge, jeat_smoke.out, jeat_twin.out)
+    figures = learning(judge, jeat_smoke.out, jeat_twin.out, raw=False)
     print(json.dumps(figures))
     assert figures["seeds"] < 0.2
     assert figures["twin pgd20"] < figures["jeat pgd20"] - 0.1
@@ -294,10 +310,11 @@ def test_jeat_learns_a_flat_energy_that_samples(jeat_smoke, jeat_twin, judge):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("method", ["prejeat", "at"])
 def test_the_other_methods_run_and_report(method, tmp_path):
-    flags = ["--smoke", "--method", method, "--epochs", 1, "--attack-steps", 2, "--sample-steps", 3, "--limit-test", 50]
-    run_script("jeat", *flags, "--out", tmp_path)
+    jeat.main(["--smoke", "--method", method, "--epochs", "1", "--attack-steps", "2", "--sample-steps", "3",
+               "--limit-test", "20", "--out", str(tmp_path)])
     results, (epoch,) = results_of(tmp_path), epochs_of(tmp_path)
     assert set(results["samples"]) == {"gaussian", "noise"} and results["accuracy"]["clean"] > 0.15
     assert epoch["loss"] == epoch["ce"] and "e_k" not in epoch and epoch["e_adv"] < 0
@@ -316,11 +333,12 @@ def test_each_method_trains_on_its_own_loss(tmp_path, monkeypatch):
         calls.append((buffer is not None, score, flags, x.min().item() >= 0 and x.max().item() <= 1))
         return jeat_loss(f, x, y, buffer, score, *flags)
     monkeypatch.setattr(jeat, "jeat_loss", loss)
+    monkeypatch.setattr(jeat, "flatness", lambda *args: {})  # 200 steps
     for method, negatives, score, step in (("jeat", True, joint_energy_score, 1), ("at", False, cross_entropy, 0.25),
                                            ("prejeat", False, joint_energy_score, 1)):
         calls.clear()
         jeat.main([*TINY, "--method", method, "--attack-steps", "1", "--out", str(tmp_path / method), "--epochs", "1",
-                   "--limit-test", "10", "--sampler", "noise"])
+                   "--sampler", "noise"])
         eps = 24 / 255
         assert calls == [(negatives, score, (1, step * eps, eps, "linf", 2), True)] * 4
 
@@ -357,15 +375,15 @@ def test_learning_rate_noise_and_crops(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_starts(tmp_path):
+def test_starts(run):
     """--sample-steps 0 leaves them: Gaussians of a class or of all, noise, the chains in turn."""
     def images(name, *flags):
-        jeat.main([*TINY, "--out", str(tmp_path), "--num-samples", "50", "--sample-steps", "0", *flags])
-        z = np.load(tmp_path / f"samples_{name}.npz")
+        jeat.main([*TINY, "--out", str(run), "--num-samples", "50", "--sample-steps", "0", *flags])
+        z = np.load(run / f"samples_{name}.npz")
         return torch.from_numpy(z["arr_0"]).permute(0, 3, 1, 2)
     noise = images("noise").double()
     assert abs(noise.mean() - 127.5) < 2 and abs(noise.std() - 255 / 12 ** 0.5) < 2
-    chains = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["buffer"]["x"]
+    chains = torch.load(run / "checkpoint.pt", weights_only=True)["buffer"]["x"]
     assert torch.equal(images("buffer"), to_uint8(chains[torch.arange(50) % 40]))
     x, y = [t[:128] for t in jeat.draw(2000, 0)]
     generator = torch.Generator().manual_seed(0)
@@ -378,23 +396,23 @@ def test_starts(tmp_path):
 
 
 @pytest.mark.slow
-def test_samples_are_those_of_the_energies(tmp_path):
+def test_samples_are_those_of_the_energies(run):
     """The file's images are SGLD's, clamped: down E(x, y) for the class wanted, down E(x) from the buffer."""
-    jeat.main([*TINY, "--out", str(tmp_path), "--sample-steps", "20", "--sample-noise", "0"])
-    f = jeat_classifier(tmp_path).to(memory_format=torch.channels_last)
-    chains = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["buffer"]["x"][:20]
+    jeat.main([*TINY, "--out", str(run), "--sample-steps", "20", "--sample-noise", "0"])
+    f = jeat_classifier(run).to(memory_format=torch.channels_last)
+    chains = torch.load(run / "checkpoint.pt", weights_only=True)["buffer"]["x"][:20]
     y, noise = torch.arange(20) % 10, torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for name, x_0, labels in (("buffer", chains, None), ("noise", noise, y)):
         x_k = jeat.sample(f, x_0, labels, 20, noise=0.0)
-        written = torch.from_numpy(np.load(tmp_path / f"samples_{name}.npz")["arr_0"]).permute(0, 3, 1, 2)
+        written = torch.from_numpy(np.load(run / f"samples_{name}.npz")["arr_0"]).permute(0, 3, 1, 2)
         assert (written.int() - to_uint8(x_k).int()).abs().max() <= 1
         with torch.no_grad():
             by_hand = np.quantile(energy(f(x_k)), [.05, .25, .5, .75, .95])
-        np.testing.assert_allclose(results_of(tmp_path)["samples"][name]["e_x"], by_hand, atol=1e-3)
-    jeat.main([*TINY, "--out", str(tmp_path), "--sampler", "noise", "--sample-steps", "4", "--sample-noise", "0",
+        np.testing.assert_allclose(results_of(run)["samples"][name]["e_x"], by_hand, atol=1e-3)
+    jeat.main([*TINY, "--out", str(run), "--sampler", "noise", "--sample-steps", "4", "--sample-noise", "0",
                "--sample-norm", "l2", "--sample-step-size", "0.7", "--sample-eps", "1.5"])
     x_k = jeat.sample(f, noise, y, 4, step_size=0.7, eps=1.5, norm="l2", noise=0.0)
-    written = torch.from_numpy(np.load(tmp_path / "samples_noise.npz")["arr_0"]).permute(0, 3, 1, 2)
+    written = torch.from_numpy(np.load(run / "samples_noise.npz")["arr_0"]).permute(0, 3, 1, 2)
     assert (written.int() - to_uint8(x_k).int()).abs().max() <= 1
     assert (x_k - noise).flatten(1).norm(dim=1).max() < 1.5 + 1e-4
 
@@ -415,7 +433,7 @@ def same_end(a, b):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
-    flags = [*TINY, "--epochs", "12", "--limit-train", "256"]
+    flags = [*TINY, "--epochs", "6"]
     jeat.main([*map(str, flags), "--out", str(tmp_path / "whole")])
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, str(ROOT / "jeat.py"), *flags, "--out", str(out)], cwd=ROOT,
@@ -424,17 +442,16 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] < 12
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] < 6
     jeat.main([*map(str, flags), "--out", str(out)])
     assert same_end(tmp_path / "whole", out)
     assert not list(out.glob("*.tmp"))
 
 
 @pytest.mark.slow
-def test_what_is_done_is_not_done_again(tmp_path, capsys):
-    out = tmp_path / "run"
+def test_what_is_done_is_not_done_again(run, capsys):
+    out = run
     stamps = lambda: {p.name: p.stat().st_mtime_ns for p in out.glob("*") if p.suffix in (".pt", ".npz")}  # noqa: E731
-    jeat.main([*TINY, "--out", str(out)])
     first, results = stamps(), results_of(out)
     jeat.main([*TINY, "--out", str(out)])
     assert stamps() == first and results_of(out)["seconds"] == results["seconds"]
@@ -445,7 +462,7 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     jeat.main([*TINY, "--out", str(out), "--epochs", "3"])  # may grow
     assert "--epochs was 2" in capsys.readouterr().out and results_of(out)["energy"] != results["energy"]
     chains = torch.load(out / "checkpoint.pt", weights_only=True)["buffer"]["x"]
-    jeat.main(["--eval-only", "--out", str(out), "--device", "cpu", "--num-samples", "10", "--limit-test", "20",
+    jeat.main(["--eval-only", "--out", str(out), "--device", "cpu", "--num-samples", "10", "--limit-test", "5",
                "--sample-steps", "0"])
     written = np.load(out / "samples_buffer.npz")["arr_0"]  # of the checkpoint's chains
     assert np.array_equal(written, to_uint8(chains[:10]).permute(0, 2, 3, 1))
@@ -459,17 +476,16 @@ error = partial(conftest.error, jeat)
 
 
 @pytest.mark.slow
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, capsys, monkeypatch):
     """A loss or an energy that is not finite or beyond 1e8; both energies together, where the loss stays small."""
     flags = [*TINY, "--sampler", "noise", "--sample-steps", 1]
-    jeat.main([*map(str, flags), "--out", str(tmp_path)])
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    before = (run / "checkpoint.pt").read_bytes()
     for loss, e_adv, e_k in ((math.nan, 0, 0), (-1e9, -1e9, 0), (1.0, -1e9, -1e9), (1.0, 0, math.inf)):
         pieces = [torch.tensor(float(v)) for v in (1, e_adv, e_k)]
         monkeypatch.setattr(jeat, "jeat_loss", lambda f, x, y, *flags: ((f(x) * 0).sum() + loss, pieces))
-        line = error(capsys, *flags, "--epochs", 3, "--out", tmp_path, code=1)
+        line = error(capsys, *flags, "--epochs", 3, "--out", run, code=1)
         assert "diverged" in line and "last good checkpoint" in line and "smaller --lr" in line
-        assert (tmp_path / "checkpoint.pt").read_bytes() == before
+        assert (run / "checkpoint.pt").read_bytes() == before
     calls = []
 
     def the_last_explodes(f, x, y, *flags):  # by far too little for the epoch's mean
@@ -481,8 +497,8 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, m
     assert "diverged" in error(capsys, *flags, *args, "--out", tmp_path / "late", code=1)
     assert len(calls) == 30 and not (tmp_path / "late" / "checkpoint.pt").exists()
     monkeypatch.undo()
-    jeat.main([*map(str, flags), "--epochs", "3", "--out", str(tmp_path)])  # from which one goes on
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 3
+    jeat.main([*map(str, flags), "--epochs", "3", "--out", str(run)])  # from which one goes on
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["epoch"] == 3
 
 
 def test_divergence_of_its_own_accord(tmp_path, capsys):
@@ -502,13 +518,11 @@ def test_wrong_flags(flags, words, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_training_flags_of_another_run_are_refused(tmp_path, capsys):
+def test_training_flags_of_another_run_are_refused(run, capsys):
     """The rest of what can be wrong with --out is in a block, and tested with cem_sup."""
-    flags = [*TINY, "--sampler", "noise", "--epochs", 1]
-    jeat.main([*map(str, flags), "--out", str(tmp_path)])
     for more, words in ((["--method", "at"], "method was jeat, is at"), (["--sgld-steps", 3], "sgld_steps was 2"),
                         (["--buffer-size", 50], "buffer_size was 40"), (["--attack-eps", 0.1], "attack_eps was")):
-        assert words in error(capsys, *flags, *more, "--out", tmp_path)
+        assert words in error(capsys, *TINY, *more, "--out", run)
 
 
 # ---------------------------------------------------------------- real data, CUDA
