@@ -254,6 +254,7 @@ def same_end(a, b):
 
 
 def start_and_stop(out, flags, sign, when):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored, by heirs too
     process = subprocess.Popen([sys.executable, str(ROOT / "cem_sup.py"), *flags, "--out", str(out)], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not when() and process.poll() is None:

@@ -610,13 +610,13 @@ def test_no_traceback_from_the_command(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_end_to_end(tmp_path, net, weights):
+@pytest.mark.filterwarnings("error")
+def test_the_command_end_to_end(tmp_path, net, weights, capsys):
     x = images(10)
     sample = write(tmp_path / "x.npz", arr_0=x.permute(0, 2, 3, 1).numpy())
     point = write(tmp_path / "point.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
-    done = run(sample, "--reference", point, "--inception-weights", weights, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    metrics.main([str(sample), "--reference", str(point), "--inception-weights", str(weights), "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out)
     features, logits = metrics.extract_features(x, net)
     mu, sigma = metrics.gaussian_statistics(features)
     assert result["fid"] == pytest.approx((mu @ mu + sigma.trace()).item(), rel=1e-5)  # to the origin

@@ -3,13 +3,15 @@ import ast
 import importlib
 import json
 import re
+import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, run_script
+from conftest import ROOT
 from samplers import ReplayBuffer
 
 SCRIPTS = [p for p in ("cem_sup", "cem_unsup", "jeat", "binary_at_ebm") if (ROOT / f"{p}.py").exists()]
@@ -54,13 +56,22 @@ def test_scripts_import_only_samplers_and_metrics(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_and_samplers_alone_train_and_sample(name, tmp_path):
+def test_a_script_and_samplers_alone_train_and_sample(name, tmp_path, monkeypatch):
+    """Run as a command's file, where the project's other files are not to be found."""
     for file in (f"{name}.py", "samplers.py"):
         shutil.copy(ROOT / file, tmp_path)
-    run_script(name, "--smoke", "--epochs", 1, "--limit-train", 128, "--limit-test", 50, "--num-samples", 20,
-               "--sample-steps", 2, "--device", "cpu", cwd=tmp_path)
+    elsewhere = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tests")]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *elsewhere])
+    monkeypatch.chdir(tmp_path)
+    for module in {*SCRIPTS, "samplers", "metrics"} & sys.modules.keys():
+        monkeypatch.delitem(sys.modules, module)
+    flags = "--epochs 1 --limit-train 128 --limit-test 20 --num-samples 20 --sample-steps 2 --device cpu"
+    monkeypatch.setattr(sys, "argv", [name, "--smoke", *flags.split()])
+    runpy.run_path(f"{name}.py", run_name="__main__")
     assert list((tmp_path / "runs" / f"{name}-smoke").glob("samples_*.png"))
+    assert Path(sys.modules["samplers"].__file__).parent == tmp_path and "metrics" not in sys.modules
 
 
 LOSSES = {"cem_sup": "at_loss", "cem_unsup": "cem_loss", "jeat": "jeat_loss", "binary_at_ebm": "at_ebm_loss"}
@@ -85,5 +96,5 @@ def test_the_logged_loss_is_the_mean_over_the_epoch(name, tmp_path, monkeypatch)
               "binary_at_ebm": (f, x, x.flip(0))}
     script.train(*inputs[name], args, begin)
     weights = {"cem_unsup": [1, 1], "binary_at_ebm": [1, 1, 1]}.get(name, [16, 16, 8])
-    (epoch,) = [r for r in map(json.loads, open(tmp_path / "log.jsonl")) if r["event"] == "epoch"]
+    (epoch,) = [r for r in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if r["event"] == "epoch"]
     assert epoch["loss"] == pytest.approx(np.average(seen, weights=weights), rel=1e-4) and len(set(seen)) == len(seen)
