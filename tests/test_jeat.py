@@ -138,7 +138,10 @@ def test_chains_are_not_clamped():
 @pytest.mark.parametrize("labels", [None, torch.tensor([1, 4, 7])])
 def test_samplers_descend_their_energy_unclamped(labels):
     f, x, _, _ = double_precision(n=3)
+    f.train().register_forward_hook(lambda net, x, logits: modes.append(net.training))
+    modes = []
     moved = jeat.sample(f, x, labels, steps=1, step_size=50.0, noise=0.0) - x
+    assert modes == [False] and f.training
     x.requires_grad_()
     e = energy(f(x)) if labels is None else joint_energy(f(x), labels)
     torch.testing.assert_close(moved, -50 * torch.autograd.grad(e.sum(), x)[0])
