@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT
 from samplers import ReplayBuffer
@@ -90,8 +91,11 @@ LOSSES = {"cem_sup": "at_loss", "cem_unsup": "cem_loss", "jeat": "jeat_loss", "b
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_logged_loss_is_the_mean_over_the_epoch(name, tmp_path, monkeypatch):
-    """Over the images, for a last batch that is smaller; cem_unsup leaves it out; AT-EBM's is over the iterations."""
-    script, seen = importlib.import_module(name), []
+    """Over the images, for a last batch that is smaller; cem_unsup leaves it out; AT-EBM's is over the iterations.
+    On a GPU it is read at the first batch, every fifty, and at the last; AT-EBM's gate needs it each time."""
+    script, seen, shown = importlib.import_module(name), [], []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(script, "progress", lambda what, begun, total, done, text: shown.append((done, total)))
     method = getattr(script, LOSSES[name])
 
     def spy(f, *args):
@@ -101,11 +105,13 @@ def test_the_logged_loss_is_the_mean_over_the_epoch(name, tmp_path, monkeypatch)
     monkeypatch.setattr(script, LOSSES[name], spy)
     args = script.parse_args(["--smoke", "--out", str(tmp_path), "--epochs", "1", "--batch-size", "16",
                               "--device", "cpu"])
-    (x, y), f = script.draw(40, 0), script.make_model("small")
+    (x, y), f = script.draw(56, 0), script.make_model("small")
     begin = {"epoch": 0, "seconds": 0.0}
-    inputs = {"cem_sup": (f, x, y), "cem_unsup": (f, x), "jeat": (f, ReplayBuffer(40, (3, 32, 32)), x, y),
+    inputs = {"cem_sup": (f, x, y), "cem_unsup": (f, x), "jeat": (f, ReplayBuffer(16, (3, 32, 32)), x, y),
               "binary_at_ebm": (f, x, x.flip(0))}
     script.train(*inputs[name], args, begin)
-    weights = {"cem_unsup": [1, 1], "binary_at_ebm": [1, 1, 1]}.get(name, [16, 16, 8])
+    weights = {"cem_unsup": [1, 1, 1], "binary_at_ebm": [1, 1, 1, 1]}.get(name, [16, 16, 16, 8])
+    n = 48 if name == "cem_unsup" else 56
+    assert shown == [(done, n) for done in ([16, 32, 48, 56] if name == "binary_at_ebm" else [16, n])]
     (epoch,) = [r for r in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if r["event"] == "epoch"]
     assert epoch["loss"] == pytest.approx(np.average(seen, weights=weights), rel=1e-4) and len(set(seen)) == len(seen)

@@ -365,6 +365,7 @@ def test_worst_case_is_the_best_of_all_that_it_saw(norm):
     exact(score(best), value)
     assert len(set(winner.tolist())) > 8 and (winner == 0).any() and ((winner + 1) % 6 == 0).any()
     exact(worst_case(score, x, 0, 0.05, eps=0.1), (x, score(x)))
+    assert not any(t.requires_grad for t in worst_case(score, x.clone().requires_grad_(), 1, 0.05, eps=0.1))
     few = worst_case(score, x, 5, 0.05, eps=0.1, norm=norm)[1]
     assert (few >= score(x)).all() and (value >= few).all() and (value > few).any()
 
