@@ -72,6 +72,12 @@ def test_step_directions(shape, scale):
         exact(free(linear(w * scale), x, 3, 0.3, norm=norm)[3], x[3])  # no gradient, no step
 
 
+def test_no_step_is_longer_than_one_where_squares_underflow():
+    for size in 10.0 ** torch.arange(-44, 0):
+        u = steepest(torch.full((1, 12), size), "l2").norm()
+        assert u <= 1 + 1e-6 and (size < 1e-18 or u > 1 - 1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("eps", [0, 0.3, 2, math.inf])
 def test_projections(shape, eps):
