@@ -577,10 +577,10 @@ def test_training_passes_its_flags_views_and_whole_batches_on(tmp_path, monkeypa
     cem_unsup.main([*TINY, "--limit-train", "100", "--batch-size", "32", "--sampler", "pgd", "--start", "pooled",
                     "--sample-steps", "0", "--out", str(tmp_path), "--attack-views", "both", "--norm", "linf",
                     "--temperature", "0.2", "--attack-steps", "4", "--attack-step-size", "0.03", "--attack-eps", "0.04",
-                    "--epochs", "10", "--warmup-epochs", "1", "--lr", "0.6"])
-    assert seen == [(32, 0.2, "both", 4, 0.03, 0.04, "linf")] * 30  # three batches an epoch: the fourth is incomplete
-    t = (np.arange(27) + 0.5) / 27
-    expected = [*(0.6 * np.array([1, 3, 5]) / 6), *(0.3 * (1 + np.cos(np.pi * t)))]
+                    "--epochs", "20", "--warmup-epochs", "2", "--lr", "0.6"])
+    assert seen == [(32, 0.2, "both", 4, 0.03, 0.04, "linf")] * 60  # three batches an epoch: the fourth is incomplete
+    t = (np.arange(54) + 0.5) / 54
+    expected = [*(0.6 * np.array([1, 3, 5, 7, 9, 11]) / 12), *(0.3 * (1 + np.cos(np.pi * t)))]
     np.testing.assert_allclose(rates, [[lr, 0.9, 1e-4] for lr in expected])
 
 

@@ -561,6 +561,7 @@ def test_other_errors_of_the_command(tmp_path, weights, capsys, monkeypatch):
     assert "No such file" in error_of([good, "--inception-weights", tmp_path / "absent"], capsys)
     assert "device" in error_of([good, *known, "--device", "cuda:99"], capsys)
     assert "device" in error_of([good, *known, "--device", "nonsense"], capsys)
+    assert "--dev" in error_of([good, *known, "--dev", "cpu"], capsys)
     assert "--data" in error_of([good, *known, "--data", tmp_path], capsys)
     assert str(broken) in error_of([good, *known, "--reference", broken], capsys)
     nan = write(tmp_path / "nan.npz", mu=np.full(2048, math.nan), sigma=np.eye(2048))

@@ -103,10 +103,10 @@ def test_the_logged_loss_is_the_mean_over_the_epoch(name, tmp_path, monkeypatch)
         seen.append((value[0] if isinstance(value, tuple) else value).item())
         return value
     monkeypatch.setattr(script, LOSSES[name], spy)
-    args = script.parse_args(["--smoke", "--out", str(tmp_path), "--epochs", "1", "--batch-size", "16",
+    args = script.parse_args(["--smoke", "--out", str(tmp_path), "--epochs", "2", "--batch-size", "16",
                               "--device", "cpu"])
     (x, y), f = script.draw(56, 0), script.make_model("small")
-    begin = {"epoch": 0, "seconds": 0.0}
+    begin = {"epoch": 1, "seconds": 0.0}  # of two
     inputs = {"cem_sup": (f, x, y), "cem_unsup": (f, x), "jeat": (f, ReplayBuffer(16, (3, 32, 32)), x, y),
               "binary_at_ebm": (f, x, x.flip(0))}
     script.train(*inputs[name], args, begin)
