@@ -307,6 +307,13 @@ def test_what_is_done_is_not_done_again(run, capsys):
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 3
 
 
+def test_pgd20_is_that_of_the_readme(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cem_sup, "accuracy", lambda f, x, y, progress, **attack: calls.append(attack) or 0.5)
+    cem_sup.main([*TINY, "--out", str(run), "--limit-test", "10", "--sampler", "ta"])
+    assert calls == [{}, dict(score=cross_entropy, steps=20, step_size=2.5 * 3 / 20, eps=3.0, norm="l2")]
+
+
 @pytest.mark.slow
 def test_results_belong_to_their_training(run, capsys):
     """Without its checkpoint a run is trained again: nothing of the old results stays."""

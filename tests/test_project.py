@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import sys
+import weakref
 import zlib
 from pathlib import Path
 
@@ -92,16 +93,29 @@ LOSSES = {"cem_sup": "at_loss", "cem_unsup": "cem_loss", "jeat": "jeat_loss", "b
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_logged_loss_is_the_mean_over_the_epoch(name, tmp_path, monkeypatch):
     """Over the images, for a last batch that is smaller; cem_unsup leaves it out; AT-EBM's is over the iterations.
-    On a GPU it is read at the first batch, every fifty, and at the last; AT-EBM's gate needs it each time."""
-    script, seen, shown = importlib.import_module(name), [], []
+    On a GPU it is read at the first batch, every fifty, and at the last; AT-EBM's gate needs it each time. No graph
+    outlives its step by more than one."""
+    script, seen, shown, graphs = importlib.import_module(name), [], [], []
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(script, "progress", lambda what, begun, total, done, text: shown.append((done, total)))
     method = getattr(script, LOSSES[name])
 
+    class Step(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            ctx.alive = set()
+            graphs.append(weakref.ref(ctx.alive))
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
     def spy(f, *args):
-        value = method(f, *args)
-        seen.append((value[0] if isinstance(value, tuple) else value).item())
-        return value
+        assert all(graph() is None for graph in graphs[:-1])
+        loss, *others = value if isinstance(value := method(f, *args), tuple) else (value,)
+        seen.append(loss.item())
+        return (Step.apply(loss), *others) if others else Step.apply(loss)
     monkeypatch.setattr(script, LOSSES[name], spy)
     args = script.parse_args(["--smoke", "--out", str(tmp_path), "--epochs", "2", "--batch-size", "16",
                               "--device", "cpu"])
