@@ -11,7 +11,7 @@ Ability of Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, f the cla
 
   python cem_sup.py                            the paper's run: CIFAR-10 (downloaded), ResNet-50
   python cem_sup.py --arch resnet18 --epochs 30
-  python cem_sup.py --smoke                    small, no data: 31 s on two CPU cores
+  python cem_sup.py --smoke                    small, no data: 31 to 41 s on two CPU cores
 
 Writes checkpoint.pt, log.jsonl, results.json, samples_{ta,langevin,cs,rcs}.{png,npz} to --out;
 resumes. Sources of the defaults: [paper] the authors' slides; [robustness] MadryLab/robustness, on
