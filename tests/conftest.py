@@ -50,7 +50,7 @@ def error(script, capsys, *flags, code=2):
 
 
 def classifier(out):
-    f = cem_sup.make_model("small").to(memory_format=torch.channels_last)  # faster, and as in the run
+    f = cem_sup.make_model("small")
     f.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
     return f.eval()
 
@@ -67,7 +67,6 @@ def train_judge(seed=100, epochs=8):
     it neither calls noise a class nor mistakes saturated samples."""
     torch.manual_seed(seed)
     f, (x, y) = cem_sup.make_model("small").train(), cem_sup.draw(4000, seed)
-    f.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(f.parameters(), 0.1, 0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * 63)
     for _ in range(epochs):
