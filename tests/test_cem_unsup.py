@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -671,3 +672,9 @@ def test_training_steps_do_not_synchronise():
             loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+if __name__ == "__main__":  # PYTHONPATH=. python tests/test_cem_unsup.py SEED RUN TWIN: README's figures
+    torch.manual_seed(int(sys.argv[1]))
+    nets = {"untrained": cem_unsup.make_model("small").eval()} | {out: trained(Path(out)) for out in sys.argv[2:]}
+    print(json.dumps({name: learning(g) for name, g in nets.items()}, indent=1))
