@@ -50,14 +50,7 @@ def error(script, capsys, *flags, code=2):
 
 
 def classifier(out):
-    f = cem_sup.make_model("small")
-    f.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
-    return f.eval()
-
-
-def jeat_classifier(out):
-    import jeat
-    f = jeat.make_model("small")
+    f = cem_sup.make_model("small-16")
     f.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
     return f.eval()
 
@@ -66,7 +59,7 @@ def train_judge(seed=100, epochs=8):
     """A classifier of the drawn classes on other draws: no attack, but noise, contrast, brightness and blur, so that
     it neither calls noise a class nor mistakes saturated samples."""
     torch.manual_seed(seed)
-    f, (x, y) = cem_sup.make_model("small").train(), cem_sup.draw(4000, seed)
+    f, (x, y) = cem_sup.make_model("small-16").train(), cem_sup.draw(4000, seed)
     optimizer = torch.optim.SGD(f.parameters(), 0.1, 0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * 63)
     for _ in range(epochs):
@@ -92,13 +85,12 @@ def judge():
 # Twins and the control: the same net, data and updates without the attack; of their samples only a few.
 SMOKES = {
     "cem_sup_smoke": ("cem_sup",),
-    "cem_sup_twin": ("cem_sup", "--attack-steps", 0, "--sampler", "ta", "--sample-steps", 0, "--limit-test", 50),
+    "cem_sup_twin": ("cem_sup", "--attack-steps", 0, "--sampler", "ta", "--sample-steps", 0),
     "cem_unsup_smoke": ("cem_unsup",),
     "cem_unsup_twin": ("cem_unsup", "--attack-steps", 0, "--sampler", "maxent", "--start", "pooled",
-                       "--sample-steps", 0, "--limit-test", 50),
+                       "--sample-steps", 0),
     "jeat_smoke": ("jeat",),
-    "jeat_twin": ("jeat", "--method", "at", "--attack-steps", 0, "--sampler", "noise", "--sample-steps", 0,
-                  "--limit-test", 100),
+    "jeat_twin": ("jeat", "--method", "at", "--attack-steps", 0, "--sampler", "noise", "--sample-steps", 0),
     "binary_at_ebm_smoke": ("binary_at_ebm",),
     "binary_at_ebm_control": ("binary_at_ebm", "--attack-steps", 0, "--sampler", "ascent", "--num-samples", 10,
                               "--ood-sets")}
