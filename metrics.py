@@ -1,17 +1,23 @@
-"""Inception Score (IS) and Frechet Inception Distance (FID) of CIFAR-10 samples, a JSON line per file.
+"""Inception Score (IS) and Frechet Inception Distance (FID) of CIFAR-10 samples.
 
-    python metrics.py SAMPLES.npz ... [--data ./data] [--reference PATH] [--inception-weights PATH]
+    python metrics.py SAMPLES.npz ... [--data ./data] [--reference PATH]
+                      [--inception-weights PATH] [--device cuda|cpu] [--batch-size 128]
 
-SAMPLES holds arr_0, uint8 [N, 32, 32, 3]. FID is taken against the 50,000 CIFAR-10 train images, whose
-statistics are computed once and kept beside the data, or against an .npz with mu and sigma, or with images.
+prints a line of JSON per file. SAMPLES holds arr_0, uint8 [N, 32, 32, 3]; nothing else in it is
+read. FID is taken against the 50,000 CIFAR-10 train images, whose statistics are computed once and
+kept beside the data, or against --reference: an .npz with mu and sigma, or with images arr_0.
 
 The semantics are those of the TensorFlow originals as torch-fidelity reproduces them:
-- resize to 299 by TF1's bilinear rule (source = target * in / out: no half-pixel shift, no antialiasing),
-  then (x - 128) / 128. pytorch-fid uses F.interpolate, whose grid is up to half a source pixel away;
-- the network is TF's of 2015-12-05 in pytorch-fid's conversion. Unlike torchvision's Inception-v3 it has 1008
-  classes, average pools that leave the padding out of the mean, a max pool in Mixed_7c, and no aux head;
-- IS: softmax of all 1008 logits without bias, shuffle by RandomState(2020), 10 splits, population std;
-- the network runs in true float32 (no TF32, no autocast), statistics and scores in float64."""
+- resize to 299 by TF1's bilinear rule (source = target * in / out: no half-pixel shift, no
+  antialiasing), then (x - 128) / 128. pytorch-fid uses F.interpolate, whose grid is up to half a
+  source pixel away;
+- the network is TF's of 2015-12-05 in pytorch-fid's conversion. Unlike torchvision's Inception-v3
+  it has 1008 classes, average pools that leave the padding out of the mean, a max pool in
+  Mixed_7c, and no auxiliary head;
+- IS: softmax of all 1008 logits without bias, shuffle by RandomState(2020), 10 splits, and the
+  population std over them;
+- the network runs in true float32 (no TF32, no bfloat16), statistics and scores in float64.
+"""
 import argparse
 import contextlib
 import hashlib
@@ -20,11 +26,11 @@ import os
 import socket
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.datasets import CIFAR10
 from torchvision.models import inception
@@ -33,297 +39,494 @@ WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_we
                "pt_inception-2015-12-05-6726825d.pth")
 WEIGHTS_HASH = "6726825d"  # the file's sha256 begins so
 SPLITS = 10
+BATCH_SIZE = 128
+ENOUGH_IMAGES = 2048  # the features' dimension: with fewer images their covariance is singular
+ROUNDING = 1e-4  # a foreign sigma, made in float32, may be off by this share of its largest value
 
-avg_pool = partial(nn.functional.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-max_pool = partial(nn.functional.max_pool2d, kernel_size=3, stride=1, padding=1)
+
+# ================================================================ the scores
+def inception_score(logits, splits=SPLITS, seed=2020):
+    """exp(mean over x of KL(p(y|x) || p(y))) of logits [N, K] (Salimans et al., 2016), in [1, K].
+
+    Returns mean and population std over `splits` parts of the shuffled rows. ValueError: N below
+    splits, or logits whose log-probabilities are not finite.
+    """
+    n = len(logits)
+    if n < splits:
+        raise ValueError(f"the IS in {splits} splits needs at least {splits} images, got {n}")
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(n))
+    log_p = logits.double().log_softmax(1)[order.to(logits.device)]
+    check_finite(log_p, "log-probabilities")
+    scores = []
+    for i in range(splits):
+        log_p_yx = log_p[i * n // splits:(i + 1) * n // splits]
+        log_p_y = log_p_yx.logsumexp(0) - np.log(len(log_p_yx))  # finite where p(y|x) underflows
+        kl = (log_p_yx.exp() * (log_p_yx - log_p_y)).sum(1)
+        scores.append(kl.mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
 
 
+def gaussian_statistics(features):
+    """Mean [D] and covariance [D, D] (ddof 1) of features [N, D], in float64 on their device.
+
+    ValueError: N < 2, or features that are not finite.
+    """
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
+    x = features.double()
+    check_finite(x, "features")
+    return x.mean(0), torch.cov(x.T, correction=1)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al., 2017), a float.
+
+    Tensors or arrays mu [D], sigma [D, D]; computed in float64 on the CPU, the same for every
+    device. ValueError: not finite, of the wrong shape, or sigma not a covariance.
+    """
+    mu1, sigma1 = as_gaussian(mu1, sigma1)
+    mu2, sigma2 = as_gaussian(mu2, sigma2)
+    if len(mu1) != len(mu2):
+        raise ValueError(f"the two are of {len(mu1)} and {len(mu2)} features")
+    # with S = R R^T, tr (S1 S2)^(1/2) is the sum of the singular values of R1^T R2
+    root1 = covariance_root(sigma1)
+    root2 = covariance_root(sigma2)
+    trace = torch.linalg.svdvals(root1.T @ root2).sum()
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
+
+
+def covariance_root(sigma):
+    """R [D, r] with R R^T = sigma, float64 [D, D] symmetric of rank r. ValueError: not positive."""
+    values, vectors = torch.linalg.eigh(sigma)  # ascending
+    largest = values.abs().max()
+    if values[0] < -ROUNDING * largest:
+        raise ValueError(f"sigma is no covariance: it has the eigenvalue {values[0]:.2g}")
+    # eigenvalues below this are zeros plus rounding; the root would make 1e-8 of their 1e-16
+    zero = len(sigma) * torch.finfo(torch.float64).eps * largest
+    positive = values > zero
+    return vectors[:, positive] * values[positive].sqrt()
+
+
+def as_gaussian(mu, sigma):
+    """mu [D] and sigma [D, D], tensors or arrays of reals, in float64, sigma made symmetric.
+
+    ValueError: of the wrong shape or type, not finite, or sigma not symmetric up to rounding.
+    """
+    mu = as_float64(mu)
+    sigma = as_float64(sigma)
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or len(mu) == 0:
+        shapes = f"{list(mu.shape)} and {list(sigma.shape)}"
+        raise ValueError(f"mu and sigma must be of shapes [D] and [D, D], are {shapes}")
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise ValueError("mu and sigma must be finite")
+    asymmetry = (sigma - sigma.T).abs().max()
+    largest = sigma.abs().max()
+    if asymmetry > ROUNDING * largest:
+        raise ValueError(f"sigma must be symmetric: off by {asymmetry:.2g} of {largest:.2g}")
+    return mu, (sigma + sigma.T) / 2
+
+
+def as_float64(a):
+    """A tensor or array of reals as a float64 tensor on the CPU."""
+    if isinstance(a, torch.Tensor):
+        return a.detach().cpu().double()
+    a = np.asarray(a)
+    if a.dtype.kind not in "fiu":
+        raise ValueError(f"mu and sigma must be real numbers, are {a.dtype}")
+    return torch.tensor(a.astype(np.float64))  # big-endian and long double arrays too
+
+
+def check_finite(rows, what):
+    bad = int((~rows.isfinite().all(1)).sum())
+    if bad > 0:
+        raise ValueError(f"the {what} of {bad} of {len(rows)} images are not finite")
+
+
+# ================================================================ the network
 def resize_tf1(x, size=299):
-    """TF1 bilinear (legacy, align_corners=False): float [B, C, H, W] -> [B, C, size, size], in x's range."""
-    def weights(n):  # [size, n], rows sum to 1
-        source = torch.arange(size, dtype=torch.float64, device=x.device) * n / size
-        distance = source.clamp(max=n - 1)[:, None] - torch.arange(n, device=x.device)
-        return (1 - distance.abs()).clamp(min=0).to(x.dtype)
-    return weights(x.shape[2]) @ x @ weights(x.shape[3]).T
+    """TF1's bilinear resize: float [B, C, H, W] -> [B, C, size, size], in x's range and dtype."""
+    rows = tf1_weights(x.shape[2], size, x.device).to(x.dtype)
+    columns = tf1_weights(x.shape[3], size, x.device).to(x.dtype)
+    return rows @ x @ columns.T
+
+
+def tf1_weights(n, size, device):
+    """[size, n], float64: row i interpolates between the neighbours of i * n / size among n."""
+    source = torch.arange(size, dtype=torch.float64, device=device) * n / size
+    distance = source.clamp(max=n - 1)[:, None] - torch.arange(n, device=device)
+    return (1 - distance.abs()).clamp(min=0)
+
+
+def avg_pool(x):
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def max_pool(x):
+    return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
 class InceptionA(inception.InceptionA):
     def _forward(self, x):
-        a, b = self.branch5x5_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return [self.branch1x1(x), self.branch5x5_2(a), self.branch3x3dbl_3(b), self.branch_pool(avg_pool(x))]
+        a = self.branch5x5_2(self.branch5x5_1(x))
+        b = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return [self.branch1x1(x), a, b, self.branch_pool(avg_pool(x))]
 
 
 class InceptionC(inception.InceptionC):
     def _forward(self, x):
-        a = self.branch7x7_2(self.branch7x7_1(x))
-        b = self.branch7x7dbl_4(self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x))))
-        return [self.branch1x1(x), self.branch7x7_3(a), self.branch7x7dbl_5(b), self.branch_pool(avg_pool(x))]
+        a = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        b = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        b = self.branch7x7dbl_5(self.branch7x7dbl_4(b))
+        return [self.branch1x1(x), a, b, self.branch_pool(avg_pool(x))]
 
 
-class InceptionE(inception.InceptionE):  # Mixed_7b and Mixed_7c differ in their pool, set below
+class InceptionE(inception.InceptionE):
+    pool = staticmethod(avg_pool)  # Mixed_7c has max_pool instead
+
     def _forward(self, x):
-        a, b = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        a = self.branch3x3_1(x)
+        b = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         return [self.branch1x1(x), self.branch3x3_2a(a), self.branch3x3_2b(a),
                 self.branch3x3dbl_3a(b), self.branch3x3dbl_3b(b), self.branch_pool(self.pool(x))]
 
 
 class InceptionV3(inception.Inception3):
-    """The FID Inception with random weights; torchvision's parameter names. To be used in eval mode."""
+    """The FID Inception in float32 with random weights, under torchvision's parameter names.
+
+    To be used in eval mode.
+    """
 
     def __init__(self):
-        blocks = [inception.BasicConv2d, InceptionA, inception.InceptionB, InceptionC, inception.InceptionD,
-                  InceptionE, inception.InceptionAux]
-        super().__init__(num_classes=1008, aux_logits=False, inception_blocks=blocks, init_weights=False)
-        self.Mixed_7b.pool, self.Mixed_7c.pool = avg_pool, max_pool
+        blocks = [inception.BasicConv2d, InceptionA, inception.InceptionB, InceptionC,
+                  inception.InceptionD, InceptionE, inception.InceptionAux]
+        super().__init__(num_classes=1008, aux_logits=False, inception_blocks=blocks,
+                         init_weights=False)
+        self.Mixed_7c.pool = max_pool
+        self.float()  # whatever torch's default dtype is
 
     def forward(self, x):
-        """uint8 [B, 3, H, W], on any device -> pool3 [B, 2048] and logits [B, 1008] without bias, float32."""
-        *blocks, _dropout, fc = self.children()  # torchvision registers them in the order of the forward pass
-        x = (resize_tf1(x.to(fc.weight)) - 128) / 128
-        pool3 = nn.Sequential(*blocks)(x).flatten(1)
-        return pool3, pool3 @ fc.weight.T
+        """uint8 [B, 3, H, W], on any device -> pool3 [B, 2048] and logits [B, 1008] without bias.
+        """
+        x = x.to(self.fc.weight)  # its device and dtype
+        x = (resize_tf1(x) - 128) / 128
+        for block in list(self.children())[:-2]:  # registered in order; last are dropout and fc
+            x = block(x)
+        pool3 = x.flatten(1)
+        return pool3, pool3 @ self.fc.weight.T
 
 
 def load_inception(path=None, device="cpu"):
-    """The network with the FID weights, in eval mode; `.weights_hash` is the file's sha256, first 8 digits.
-    Default: torch.hub's cached copy, downloaded where there is none, and checked. Another file: a warning.
-    OSError where the file is absent or cannot be downloaded, ValueError where it is broken."""
+    """The network with the FID weights, in eval mode; `.weights_hash`: 8 digits of their sha256.
+
+    Default: torch.hub's cached copy, downloaded where there is none, and checked. Another file: a
+    warning. OSError: absent, or cannot be downloaded. ValueError: damaged.
+    """
     default = Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name)
-    path = Path(path or default)
-    if path == default and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _download("the Inception weights", "give --inception-weights PATH"):
-            torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_HASH, sys.stderr.isatty())
-    net = InceptionV3()
-    net.weights_hash = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        # old files lack BatchNorm's counters, which eval mode does not read
-        counters = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
-        net.load_state_dict(counters | state)
-    except Exception as e:  # torch.load raises a dozen kinds
-        raise ValueError(f"{path}: not a file of Inception weights ({_one_line(e)})") from e
-    if net.weights_hash != WEIGHTS_HASH:
+    if path is None:
+        path = default
+        if not default.exists():
+            default.parent.mkdir(parents=True, exist_ok=True)
+            with download("the Inception weights", "give --inception-weights PATH"):
+                torch.hub.download_url_to_file(WEIGHTS_URL, str(default), WEIGHTS_HASH,
+                                               progress=sys.stderr.isatty())
+    path = Path(path)
+    weights_hash = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    if weights_hash != WEIGHTS_HASH:
         if path == default:
-            raise ValueError(f"{path}: damaged (its sha256 is wrong): delete it, to download it again")
-        print(f"metrics.py: warning: {path}: not the FID weights: incomparable scores", file=sys.stderr)
+            raise ValueError(f"{path} is damaged (its sha256 is wrong): delete it")
+        warn(f"{path}: not the FID weights: incomparable scores")
+    net = InceptionV3()
+    # files older than PyTorch 0.4.1 lack BatchNorm's counters, which eval mode does not read
+    state = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
+    try:
+        state.update(torch.load(path, map_location="cpu", weights_only=True))
+        net.load_state_dict(state)
+    except Exception as e:  # torch.load raises a dozen kinds
+        raise ValueError(f"{path}: not a file of Inception weights ({one_line(e)})") from e
+    net.weights_hash = weights_hash
     return net.eval().to(device)
 
 
+# ================================================================ images to scores
+def evaluate(images_uint8, reference, extract=None, batch_size=BATCH_SIZE, label=None):
+    """IS and FID of images uint8 [N, 3, H, W], N >= 10, against reference (mu [D], sigma [D, D]).
+
+    extract maps a uint8 batch [B, 3, H, W] to features [B, D] and logits [B, K]; default:
+    Inception on the images' device. Returns a dict: n, is_mean, is_std, fid and, below 2,048
+    images, a warning. With a label, progress is shown. ValueError: not uint8, too few images,
+    extract in training mode, its output or the reference not finite.
+    """
+    if extract is None:
+        extract = load_inception(device=images_uint8.device)
+    features, logits = extract_features(images_uint8, extract, batch_size, label)
+    is_mean, is_std = inception_score(logits)
+    fid = frechet_distance(*gaussian_statistics(features), *reference)
+    result = {"n": len(features), "is_mean": is_mean, "is_std": is_std, "fid": fid}
+    if len(features) < ENOUGH_IMAGES:
+        result["warning"] = "fewer than 2,048 images: singular covariance, biased FID"
+    return result
+
+
+def extract_features(images, extract, batch_size=BATCH_SIZE, label=None):
+    """Features [N, D] and logits [N, K] of uint8 images [N, 3, H, W], on extract's device.
+
+    Without gradients and in true float32, whatever the caller's settings. 50,000 images: 0.6 GB.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, not {images.dtype}")
+    if isinstance(extract, nn.Module) and any(m.training for m in extract.modules()):
+        raise ValueError("extract, or a part of it, is in training mode: call its eval() first")
+    batches = images.split(batch_size)
+    if label is not None:
+        batches = progress(batches, label)
+    all_features, all_logits = [], []
+    with true_float32(), torch.inference_mode():
+        for batch in batches:
+            features, logits = extract(batch)
+            all_features.append(features)
+            all_logits.append(logits)
+    return torch.cat(all_features), torch.cat(all_logits)
+
+
 @contextlib.contextmanager
-def _download(what, advice):
-    """Ends a download that is silent for 10 s; turns every failure into one OSError that says what to do."""
+def true_float32():
+    """Full float32: no TF32, no bfloat16 products, no autocast, float32 as the default dtype.
+
+    torch has an old and a new family of switches (docs: notes/cuda, "TensorFloat-32") and raises
+    where an old one is read that the new ones contradict. So both are set here, alike, and both
+    are restored, the old ones first: setting them changes the new ones.
+    """
+    backends = torch.backends
+    switches = [backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn,
+                backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv,
+                backends.mkldnn.rnn]
+    before = []
+    for switch in switches:  # general before special: what is "none" reads as the one above it
+        before.append(switch.fp32_precision)
+        switch.fp32_precision = "none"
+    matmul = torch.get_float32_matmul_precision()
+    try:
+        cudnn = backends.cudnn.allow_tf32
+    except RuntimeError:  # the new ones say no, so this one says yes
+        cudnn = True
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        torch.set_default_dtype(torch.float32)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        backends.cudnn.allow_tf32 = cudnn
+        for switch, precision in zip(switches, before):
+            switch.fp32_precision = precision
+        torch.set_default_dtype(dtype)
+
+
+def progress(batches, label):
+    """Yield the batches and say on stderr how far it is, how fast, and how long it will take.
+
+    On a terminal the line rewrites itself; elsewhere there is one every 30 s and at the end.
+    """
+    total = sum(len(batch) for batch in batches)
+    begun = said = time.monotonic()
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        now = time.monotonic()
+        rate = done / (now - begun)
+        left = (total - done) / rate
+        line = f"{label}: {done:,}/{total:,} images, {rate:,.0f}/s, {left:,.0f} s left"
+        if sys.stderr.isatty():
+            print(f"\r{line}\x1b[K", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        elif done == total or now - said > 30:
+            print(line, file=sys.stderr, flush=True)
+            said = now
+
+
+# ================================================================ files
+def score(paths, data="./data", reference=None, weights=None, device="cpu", batch_size=BATCH_SIZE):
+    """IS and FID of each .npz in paths: a list of evaluate's dicts with `file` and `weights`, the
+    hash of the Inception weights. reference and weights: paths, or None for the defaults.
+
+    OSError, ValueError: something is absent, damaged or refused; the text is one line.
+    """
+    samples = [load_images(path) for path in paths]  # all are checked before anything takes time
+    net = load_inception(weights, device)
+    mu, sigma, few = load_reference(reference, net, data, batch_size)
+    results = []
+    for path, images in zip(paths, samples):
+        result = {"file": str(path)}
+        result.update(evaluate(images, (mu, sigma), net, batch_size, str(path)))
+        result["weights"] = net.weights_hash
+        if few and "warning" in result:
+            result["warning"] = "fewer than 2,048 images and reference images: biased FID"
+        elif few:
+            result["warning"] = "fewer than 2,048 reference images: biased FID"
+        results.append(result)
+    return results
+
+
+def load_images(path):
+    """uint8 [N, 3, 32, 32] from arr_0, uint8 [N, 32, 32, 3] with N >= 10, of an .npz file."""
+    return as_images(path, read_npz(path, ["arr_0"])["arr_0"])
+
+
+def as_images(path, x):
+    """The array x as a tensor uint8 [N, 3, 32, 32]. ValueError names the file."""
+    if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3) or len(x) < SPLITS:
+        wanted = f"uint8 [N, 32, 32, 3] with N >= {SPLITS}"
+        raise ValueError(f"{path}: arr_0 must be {wanted}, is {x.dtype} {list(x.shape)}")
+    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+
+
+def load_reference(path, net, data, batch_size=BATCH_SIZE):
+    """mu [2048], sigma [2048, 2048], and whether they are known to be of fewer than 2,048 images.
+
+    Of the .npz at path, which holds mu and sigma or images; without one, of CIFAR-10's train set.
+    """
+    if path is None:
+        mu, sigma = cifar10_statistics(net, data, batch_size)
+        return mu, sigma, False
+    arrays = read_npz(path, ["mu", "sigma"], ["arr_0"])
+    if "mu" in arrays:
+        mu, sigma = as_statistics(path, arrays)
+        return mu, sigma, False
+    images = as_images(path, arrays["arr_0"])
+    features, _ = extract_features(images, net, batch_size, "reference")
+    mu, sigma = gaussian_statistics(features)
+    return mu, sigma, len(images) < ENOUGH_IMAGES
+
+
+def cifar10_statistics(net, data, batch_size=BATCH_SIZE):
+    """mu and sigma of the 50,000 train images, kept in the folder data under net.weights_hash."""
+    cache = Path(data, f"cifar10-train-inception-{net.weights_hash}.npz")
+    if cache.exists():
+        try:
+            return as_statistics(cache, read_npz(cache, ["mu", "sigma"]))
+        except ValueError as e:
+            raise ValueError(f"{e}: delete this file, it will be computed again") from e
+    images = cifar10_train(data)
+    features, _ = extract_features(images, net, batch_size, "CIFAR-10 train")
+    mu, sigma = gaussian_statistics(features)
+    unfinished = cache.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, mu=mu.numpy(force=True), sigma=sigma.numpy(force=True))
+        os.replace(unfinished, cache)
+    except OSError as e:  # a read-only folder must not cost the result
+        warn(f"the reference was not kept ({one_line(e)})")
+    return mu, sigma
+
+
+def cifar10_train(data):
+    """The train images, uint8 [50000, 3, 32, 32]; downloaded if absent, not over a damaged copy."""
+    folder = Path(data, CIFAR10.base_folder)
+    if not folder.exists():
+        with download("CIFAR-10", f"put {CIFAR10.base_folder} into --data, or give --reference"):
+            CIFAR10(data, download=True)
+    try:
+        images = CIFAR10(data).data
+    except Exception as e:
+        raise ValueError(f"{folder} is damaged ({one_line(e)}): delete it") from e
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def as_statistics(path, arrays):
+    """Checked mu [2048] and sigma [2048, 2048], float64 tensors. ValueError names the file."""
+    try:
+        mu, sigma = as_gaussian(arrays["mu"], arrays["sigma"])
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    if len(mu) != 2048:
+        raise ValueError(f"{path}: mu and sigma must be of 2048 features, are of {len(mu)}")
+    return mu, sigma
+
+
+def read_npz(path, *choices):
+    """The arrays of the first of the choices, lists of names, that the .npz holds whole."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as npz:
+            for names in choices:
+                if all(name in npz.files for name in names):
+                    return {name: npz[name] for name in names}
+            found = npz.files
+    except Exception as e:  # numpy and zipfile raise a dozen kinds
+        raise ValueError(f"{path}: not a readable .npz file ({one_line(e)})") from e
+    wanted = ", or ".join(" and ".join(names) for names in choices)
+    raise ValueError(f"{path}: must hold {wanted}; holds {', '.join(found[:9]) or 'nothing'}")
+
+
+@contextlib.contextmanager
+def download(what, advice):
+    """Ends a download that is silent for 10 s; every failure is one OSError that says what to do.
+    """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
         yield
     except Exception as e:
-        raise OSError(f"cannot download {what} ({_one_line(e)}): {advice}") from e
+        raise OSError(f"cannot download {what} ({one_line(e)}): {advice}") from e
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _one_line(e):
+def warn(message):
+    print(f"metrics.py: warning: {message}", file=sys.stderr)
+
+
+def one_line(e):
     return f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
 
 
-def inception_score(logits, splits=SPLITS, seed=2020):
-    """exp(mean over x of KL(p(y|x) || p(y))) of logits [N, K] (Salimans et al., 2016), in [1, K]: mean and
-    population std over `splits` parts of the shuffled rows. ValueError if N < splits."""
-    n = len(logits)
-    if n < splits:
-        raise ValueError(f"the Inception Score in {splits} splits needs at least {splits} images, got {n}")
-    order = torch.from_numpy(np.random.RandomState(seed).permutation(n)).to(logits.device)
-    log_p = logits[order].double().log_softmax(1)
-    scores = []
-    for i in range(splits):
-        log_p_yx = log_p[i * n // splits:(i + 1) * n // splits]
-        log_p_y = log_p_yx.logsumexp(0) - np.log(len(log_p_yx))  # finite where every p(y|x) underflows
-        scores.append((log_p_yx.exp() * (log_p_yx - log_p_y)).sum(1).mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
-
-
-def gaussian_statistics(features):
-    """Mean [D] and covariance [D, D] of features [N, D] in float64. ValueError: N < 2, not finite."""
-    x = features.double()
-    if len(x) < 2 or not x.isfinite().all():
-        raise ValueError(f"a covariance needs at least 2 rows, all finite; got {list(x.shape)}")
-    return x.mean(0), torch.cov(x.T, correction=1)
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al., 2017) of tensors or arrays mu [D] and
-    symmetric sigma [D, D], in float64 on mu1's device."""
-    device = torch.as_tensor(mu1).device
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64, device=device)
-                                for a in (mu1, sigma1, mu2, sigma2))
-    values, vectors = torch.linalg.eigh(sigma1)
-    root1 = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    # tr (S1 S2)^(1/2) = tr (S1^(1/2) S2 S1^(1/2))^(1/2); eigenvalues below 0 are rounding
-    trace = torch.linalg.eigvalsh(root1 @ sigma2 @ root1).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
-
-
-@contextlib.contextmanager
-def _exact(extract):
-    """True float32 (no TF32, no autocast) and no gradients; everything as it was on exit."""
-    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    precision, autocast = (conv.fp32_precision, matmul.fp32_precision), partial(torch.autocast, enabled=False)
-    if getattr(extract, "training", False):
-        raise ValueError("extract is in training mode: call its eval() first")
-    try:
-        conv.fp32_precision = matmul.fp32_precision = "ieee"
-        with torch.inference_mode(), autocast("cpu"), autocast("cuda"):
-            yield
-    finally:
-        conv.fp32_precision, matmul.fp32_precision = precision
-
-
-def extract_features(images, extract, batch_size=128, label=None):
-    """Features [N, D] and logits [N, K] of uint8 images [N, 3, H, W], on extract's device (50,000: 0.6 GB).
-    With a label, progress goes to stderr. ValueError if the images are not uint8."""
-    if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8, not {images.dtype}")
-    outputs, n, started, tty = [], len(images), time.monotonic(), sys.stderr.isatty()
-    with _exact(extract):
-        for start in range(0, n, batch_size):
-            outputs.append(extract(images[start:start + batch_size]))
-            done = min(start + batch_size, n)  # shown at each step on a terminal, else ten times
-            if label and (tty or 10 * done // n > 10 * start // n):
-                rate = done / (time.monotonic() - started)
-                line = f"{label}: {done:,}/{n:,} images, {rate:,.0f}/s, {(n - done) / rate:,.0f} s left"
-                print(f"\r{line}\x1b[K" if tty else line, end="" if tty and done < n else "\n",
-                      file=sys.stderr, flush=True)
-    return tuple(map(torch.cat, zip(*outputs)))
-
-
-def evaluate(images_uint8, reference, extract=None, batch_size=128, label=None):
-    """IS and FID of uint8 images [N, 3, H, W] against reference (mu, sigma): n, is_mean, is_std, fid and,
-    below 2,048 images, a warning. extract, in eval mode, maps a uint8 batch to (features, logits), without
-    TF32 and autocast, both restored on exit. Default: Inception on the images' device."""
-    extract = extract or load_inception(device=images_uint8.device)
-    features, logits = extract_features(images_uint8, extract, batch_size, label)
-    mean, std = inception_score(logits)
-    fid = frechet_distance(*gaussian_statistics(features), *reference)
-    n, warning = len(features), {"warning": "fewer than 2,048 images: singular covariance, biased FID"}
-    return {"n": n, "is_mean": mean, "is_std": std, "fid": fid} | (warning if n < 2048 else {})
-
-
-def _read_npz(path, *names):
-    """Those of the named arrays that the .npz holds."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names if name in arrays}
-    except Exception as e:  # numpy and zipfile raise a dozen kinds
-        raise ValueError(f"{path}: not a readable .npz file ({_one_line(e)})") from e
-
-
-def load_samples(path):
-    """Images uint8 [N, 3, 32, 32] from arr_0; the array arr_1 of labels, or None. ValueError if the file is
-    absent, broken or pickled, or the images are of another type or shape or fewer than IS has splits."""
-    arrays = _read_npz(path, "arr_0", "arr_1")
-    if "arr_0" not in arrays:
-        raise ValueError(f"{path}: holds no array arr_0")
-    x = arrays["arr_0"]
-    if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3) or len(x) < SPLITS:
-        raise ValueError(f"{path}: arr_0 must be uint8 [N, 32, 32, 3], N >= {SPLITS}; is {x.dtype} {x.shape}")
-    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), arrays.get("arr_1")
-
-
-def _statistics(path, arrays):
-    mu, sigma = (arrays.get(name, np.empty(0)) for name in ("mu", "sigma"))
-    if not (mu.shape == (2048,) and sigma.shape == (2048, 2048) and mu.dtype.kind == sigma.dtype.kind == "f"
-            and np.isfinite(mu).all() and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T)):
-        raise ValueError(f"{path}: must hold mu [2048] and a symmetric sigma [2048, 2048], finite floats")
-    return torch.from_numpy(mu).double(), torch.from_numpy(sigma).double()
-
-
-def _cifar10_train(data):
-    """All train images, uint8 [50000, 3, 32, 32]; downloaded if absent, never over a damaged copy."""
-    folder = Path(data, CIFAR10.base_folder)
-    if not folder.exists():
-        with _download("CIFAR-10", f"put {CIFAR10.base_folder} into --data, or give --reference PATH"):
-            CIFAR10(data, download=True)
-    try:
-        images = CIFAR10(data).data
-    except Exception as e:
-        raise ValueError(f"{folder} is damaged ({_one_line(e)}): delete it, or name another --data") from e
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def reference_statistics(extract, weights_hash, data="./data", reference=None, batch_size=128):
-    """(mu, sigma), float64, of `reference`, an .npz with them or with images, else of the 50,000 CIFAR-10
-    train images through extract, kept in `data` under weights_hash. OSError, ValueError: missing, broken."""
-    if reference is not None:
-        arrays = _read_npz(reference, "mu", "sigma")
-        if arrays:
-            return _statistics(reference, arrays)
-        images, _ = load_samples(reference)
-        return gaussian_statistics(extract_features(images, extract, batch_size, "reference")[0])
-    cache = Path(data, f"cifar10-train-inception-{weights_hash}.npz")
-    if cache.exists():
-        try:
-            return _statistics(cache, _read_npz(cache, "mu", "sigma"))
-        except ValueError as e:
-            raise ValueError(f"{e}: delete this file, it will be computed again") from e
-    images = _cifar10_train(data)
-    mu, sigma = gaussian_statistics(extract_features(images, extract, batch_size, "CIFAR-10 train")[0])
-    temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, mu=mu.numpy(force=True), sigma=sigma.numpy(force=True))
-        os.replace(temporary, cache)
-    except OSError as e:  # a read-only folder must not cost the result
-        print(f"metrics.py: warning: the reference was not kept ({_one_line(e)})", file=sys.stderr)
-    return mu, sigma
-
-
-def score(paths, data="./data", reference=None, weights=None, device="cpu", batch_size=128):
-    """evaluate's dict, `file` and the hash of `weights` per file. OSError, ValueError: missing or broken."""
-    samples = {str(path): load_samples(path)[0] for path in paths}
-    net = load_inception(weights, device)
-    statistics = reference_statistics(net, net.weights_hash, data, reference, batch_size)
-    return [{"file": path, **evaluate(images, statistics, net, batch_size, path), "weights": net.weights_hash}
-            for path, images in samples.items()]
-
-
-def score_rows(rows, data, weights=None, device="cpu", never=False):
-    """IS and FID into the rows {path of an .npz: dict} that lack them, or null with the reason, printed."""
-    rows = {path: row for path, row in rows.items() if row.get("fid") is None}
-    why = "never with --smoke" if never else "on a CPU only with --inception-weights PATH"
-    scores = [dict.fromkeys(["is_mean", "is_std", "fid"])] * len(rows)
-    try:
-        if rows and not never and (weights or device != "cpu"):
-            scores, why = score(rows, data, None, weights, device), None
-    except (OSError, ValueError, torch.OutOfMemoryError) as e:
-        why = str(e)
-    if rows:
-        later = f"no IS and FID ({why}); later: python metrics.py {' '.join(rows)} --data {data}"
-        print(later if why else "\n".join(map(json.dumps, scores)))
-    for row, values in zip(rows.values(), scores):
-        row |= {**values, "reason": why}
-
-
+# ================================================================ the command
 def main(argv=None):
-    parser = argparse.ArgumentParser("metrics.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("metrics.py", description=__doc__.splitlines()[0],
+                                     allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"metrics.py: error: {message}\n")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add = parser.add_argument
     add("samples", nargs="+", metavar="SAMPLES", help=".npz with arr_0, uint8 [N, 32, 32, 3]")
-    add("--data", default="./data", help="CIFAR-10's folder; downloaded if absent (default: %(default)s)")
-    add("--reference", help=".npz with mu and sigma, or with images (default: CIFAR-10 train)")
-    add("--inception-weights", help="default: torch.hub's cache, downloaded if absent")
-    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] * torch.cuda.is_available()
-    add("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="default: %(default)s")
+    add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
+    add("--reference", help=".npz with mu and sigma, or with arr_0 (default: CIFAR-10 train)")
+    add("--inception-weights", help="(default: torch.hub's cache, downloaded if absent)")
+    add("--device", choices=devices, default=devices[0], help="(default: %(default)s)")
+    add("--batch-size", type=positive, default=BATCH_SIZE, help="(default: %(default)s images)")
     args = parser.parse_args(argv)
     try:
-        for result in score(args.samples, args.data, args.reference, args.inception_weights, args.device):
-            if "warning" in result:
-                print(f"metrics.py: warning: {result['file']}: {result['warning']}", file=sys.stderr)
-            print(json.dumps(result))
+        results = score(args.samples, args.data, args.reference, args.inception_weights,
+                        args.device, args.batch_size)
     except (OSError, ValueError) as e:
         parser.error(e)
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        parser.error(f"{one_line(e)}: try a smaller --batch-size")
     except KeyboardInterrupt:
         parser.exit(130, "metrics.py: interrupted\n")
+    for result in results:
+        if "warning" in result:
+            warn(f"{result['file']}: {result['warning']}")
+        print(json.dumps(result))
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
+    return value
+
+
+def out_of_memory(e):
+    """numpy raises MemoryError; torch OutOfMemoryError or, on the CPU and in cuBLAS, RuntimeError.
+    """
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "memory" in str(e) or "ALLOC_FAILED" in str(e)
 
 
 if __name__ == "__main__":
