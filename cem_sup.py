@@ -120,7 +120,7 @@ def parse_args(argv=None):
         out="runs/cem_sup-small", arch="small-32", epochs=10, lr=0.2, schedule="cycle",
         attack_steps=2, attack_step_size=0.3, num_samples=1000)
     smoke = dict(
-        out="runs/cem_sup-smoke", arch="small-16", epochs=12, schedule="cycle",
+        out="runs/cem_sup-smoke", arch="small-16", epochs=12, batch_size=64, schedule="cycle",
         attack_eps=2.0, attack_steps=2, attack_step_size=1.5, sample_steps=30, num_samples=100)
     return read_flags(training, running, argv, [({"small": True}, small), ({"smoke": True}, smoke)])
 
@@ -262,7 +262,9 @@ def progress(batches, what):
 
 
 def log(args, **figures):
-    """Print an epoch's figures, and add them to log.jsonl."""
+    """Print an epoch's figures, and add them to log.jsonl. ValueError: one is not finite."""
+    if not all(math.isfinite(value) for value in figures.values()):
+        raise ValueError(f"training diverged: {figures}; {args.out} keeps the checkpoint before")
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
     with open(f"{args.out}/log.jsonl", "a") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures}) + "\n")
@@ -272,7 +274,7 @@ def save_checkpoint(args, epoch, **parts):
     """Replace --out's checkpoint by the state of the parts, unless the model has diverged."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise ValueError(f"training diverged; {args.out} keeps the checkpoint before, if any")
+        raise ValueError(f"training diverged; {args.out} keeps the checkpoint before")
     state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, training_flags(args)
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state() if args.device == "cuda" else None
@@ -300,9 +302,12 @@ def resume(args, **parts):
         raise ValueError(f"{path} is {state['epoch']} epochs old: --epochs can only grow")
     if args.epochs != state["epochs"]:
         print(f"--epochs was {state['epochs']}: a schedule that depends on it goes on differently")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+    except (KeyError, RuntimeError) as e:
+        raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
     if args.device == "cuda" and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"])
     print(f"{args.out}: {state['epoch']} of {args.epochs} epochs are done")

@@ -1,496 +1,530 @@
-"""JEAT: joint energy adversarial training, which raises log p(x_adv, y), and sampling.
+"""JEAT: joint energy adversarial training, which raises log p(x_adv, y), and samples by SGLD.
 
 Zhu et al.: Towards Understanding the Generative Capability of Adversarially Robust Classifiers,
-ICCV 2021. With the logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k exp f(x)[k].
+ICCV 2021. With the classifier's logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k exp f(x)[k].
 
-  attack    x_adv = clamp(x + d), |d| <= eps: from a random d, d += eps sign grad E(x + d, y)
-  negative  x_K: SGLD x += a grad log sum_k exp f(x)[k] + s xi, K steps from a replay buffer
-  training  L = CE(x_adv, y) + E(x_adv) - E(x_K) = E(x_adv, y) - E(x_K)     nothing of clean x
-  sampling  SGLD down E(x, y) from a class's Gaussian or from noise, down E(x) from the buffer
+  training  max_theta E log p(x_adv, y) = E [ log p(y|x_adv) + log p(x_adv) ]
+  attack    d += s sign grad E(x + d, y), |d| <= eps, from a random d; x_adv = clamp(x + d)
+  negative  x_K: K steps x += a grad log sum_k exp f(x)[k] + n xi, chains of a replay buffer
+  loss      L = CE(x_adv, y) + E(x_adv) - E(x_K) = E(x_adv, y) - E(x_K)       nothing of clean x
+  sampling  SGLD: up log p(x|y) = f_y + const from Gaussians or noise, up log p(x) from the buffer
 
-  python jeat.py                               the paper's run: CIFAR-10 (downloaded), WRN-28-10
-  python jeat.py --smoke                       small, no data: 37 to 41 s on two CPU cores
+  python jeat.py                          the paper's run: CIFAR-10 (downloaded), WRN-28-10
+  python jeat.py --method at --out runs/at         the paper's baseline: PGD-10 on CE, the same net
+  python jeat.py --method prejeat --out runs/pre   our definition: CE at JEAT's x_adv, no log p(x)
+  python jeat.py --small                  CIFAR-10 on a CPU: a small net, a short schedule
+  python jeat.py --smoke                  drawn digits, no data: under a minute on two CPU cores
+  python jeat.py --smoke --method at --attack-steps 0 --out runs/twin    the control: no attack
 
-Writes checkpoint.pt, log.jsonl, results.json, samples_{gaussian,noise,buffer}.{png,npz} to --out;
-resumes. Defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the code of
-Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading.
+Writes checkpoint.pt, log.jsonl, samples_{gaussian,noise,buffer}.{png,npz}, results.json to --out.
+The same command goes on after the last epoch; once trained, it samples, with other sampling flags
+too. log.jsonl: the loss's pieces, means over the updates; e_clean, E(x) of 250 clean train images;
+every five epochs their accuracy under PGD-20, for one step's attack can be overfitted. results.json
+has the flatness of the energy and, of each sampler, the quantiles of E(x). Chains are not clamped,
+the images in files are. A run that diverges, as JEM's do now and then, stops and says how to go on.
+
+Sources of the defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the
+code of Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading. Beside
+JEM: all 50,000 train images (there 45,000), the last batch too, no chain twice in a batch, warm-up
+from 1/1000 of the rate (there from 0), float noise clamped to [0, 1].
 """
 import argparse
-import io
 import json
 import math
+import os
 import shutil
 import socket
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torchvision.datasets import CIFAR10
 
-from samplers import (ReplayBuffer, accuracy, ascend, cross_entropy, eval_mode, fit_gaussians,
-                      joint_energy_score, log_p_x, log_p_x_given_y, replace_files, save_samples, sgld,
-                      steepest, to_float, to_uint8)
+from samplers import (ReplayBuffer, accuracy, ascend, at_least_float32, check_labels, crop_flip,
+                      cross_entropy, eval_mode, joint_energy_score, log_p_x, log_p_x_given_y,
+                      save_samples, sgld, starts, steepest, take, to_float, to_uint8)
+
 
 # ================================================================ the method
 def energy(logits):
-    """E(x) = -log sum_k exp f(x)[k], [B], from logits f(x) [B, 10]."""
-    return -logits.logsumexp(1)
+    """E(x) = -log sum_k exp f(x)[k], [B], of logits f(x) [B, K]."""
+    return -at_least_float32(logits).logsumexp(1)
 
 
 def joint_energy(logits, y):
-    """E(x, y) = -f(x)[y], [B], from logits f(x) [B, 10] and labels y [B]; CE(x, y) = E(x, y) - E(x)."""
-    return -logits.gather(1, y[:, None]).squeeze(1)
+    """E(x, y) = -f(x)[y], [B], of logits f(x) [B, K] and labels y [B]; CE = E(x, y) - E(x)."""
+    return -take(at_least_float32(logits), y)
 
 
-def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, steps=1, step_size=8 / 255, eps=8 / 255,
-              norm="linf", sgld_steps=20):
-    """E(x_adv, y) - E(x_K), a mean over images x [B, 3, 32, 32] in [0, 1] with labels y [B] -> (loss, pieces:
-    CE, E(x_adv), E(x_K)). The ReplayBuffer's chains move on here. buffer None: (CE, (CE, E(x_adv))), with
-    this score PreJEAT (our definition: its text was not at hand), with score=cross_entropy AT."""
-    with eval_mode(f):
-        x_adv = ascend(score(f, y), x, steps, step_size, eps=eps, norm=norm, random_start=True)  # in the box
-    logits = f(x_adv)
-    ce, e_adv = F.cross_entropy(logits, y), energy(logits).mean()
+def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, norm="linf", **attack):
+    """L = E(x_adv, y) - E(x_K) of images x [B, 3, 32, 32] in [0, 1] with labels y [B], and its
+    pieces: the means of CE(x_adv, y), E(x_adv), E(x_K). attack: steps, step_size, eps. The chains
+    of buffer, a ReplayBuffer, move on here. Without one: CE and the first two, as PreJEAT with this
+    score, as AT with cross_entropy."""
+    with eval_mode(f):  # positive phase: where E(x, y) is high nearby
+        x_adv = ascend(score(f, y), x, norm=norm, random_start=True, **attack)
+    logits = at_least_float32(f(x_adv))
+    ce = F.cross_entropy(logits, check_labels(y, logits))
+    e_adv = energy(logits).mean()
     if buffer is None:
         return ce, (ce, e_adv)
     x_0, idx = buffer.sample(len(x))
-    with eval_mode(f):  # unclamped; the constants are JEM's 1 and 0.01 in [-1, 1]
+    with eval_mode(f):  # negative phase: JEM's step 1 and noise 0.01 in [-1, 1]; no clamp
         x_k = sgld(log_p_x(f), x_0, sgld_steps, step_size=0.25, noise=0.005)
     buffer.update(idx, x_k)
     e_k = energy(f(x_k)).mean()
     return joint_energy(logits, y).mean() - e_k, (ce, e_adv, e_k)  # = CE + E(x_adv) - E(x_K)
 
 
-def sample(f, x_0, y=None, steps=100, step_size=0.25, eps=math.inf, norm="none", noise=0.005, generator=None):
-    """SGLD from x_0 [B, 3, 32, 32] up log p(x|y), or up log p(x) for y None; unclamped, as in training."""
-    score = log_p_x(f) if y is None else log_p_x_given_y(f, y)
-    with eval_mode(f):
-        return ascend(score, x_0, steps, step_size, eps=eps, norm=norm, noise=noise, clamp=None,
-                      generator=generator)
+SAMPLERS = {
+    "gaussian": log_p_x_given_y,  # from --start
+    "noise": log_p_x_given_y,  # from uniform noise
+    "buffer": lambda f, y: log_p_x(f),  # from the chains of training, which have no class
+}
+
+
+def sample(f, sampler, start, args):
+    """--num-samples images uint8 [N, 3, 32, 32], the classes in turn, their labels [N], and their
+    energies E(x) [N]. start: a function from the images' numbers to x_0."""
+    torch.manual_seed(args.seed)
+    numbers, images, energies = torch.arange(args.num_samples, device=args.device), [], []
+    for i in progress(numbers.split(args.sample_batch_size), sampler):
+        x_0 = start(i)
+        score = SAMPLERS[sampler](f, i % 10)
+        with eval_mode(f), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            x = ascend(score, x_0, args.sample_steps, args.sample_step_size, eps=args.sample_eps,
+                       norm=args.sample_norm, noise=args.sample_noise, clamp=None)  # as in training
+            with torch.no_grad():
+                energies.append(energy(f(x)))
+        images.append(to_uint8(x))
+    return torch.cat(images), numbers % 10, torch.cat(energies)
+
+
+# ================================================================ settings
+def parse_args(argv=None):
+    training = argparse.ArgumentParser(add_help=False)
+    add = training.add_argument_group("training; a checkpoint belongs to these").add_argument
+    add("--method", default="jeat", choices=("jeat", "prejeat", "at"),
+        help="[paper]; prejeat: our definition; at: steps 10 of 2/255 [assumed]")
+    add("--arch", default="wrn-28-10", choices=("wrn-28-10", "wrn-16-8", "wrn-16-4", "wrn-16-2",
+                                                "wrn-10-2", "small-64", "small-32", "small-16"),
+        help="wrn-D-W: depth, width [JEM]; small-W: three stages, of W, 2 W and 4 W channels")
+    add("--batch-size", type=positive, default=64, help="images [JEM]")
+    add("--lr", type=number, default=1e-4, help="learning rate [JEM]")
+    add("--lr-drops", type=fraction, default=[0.8, 0.9], nargs="*",
+        help="x 0.3 at these fractions of --epochs [JEM]")
+    add("--norm", default="linf", choices=("linf", "l2"), help="of ball and step [secondary]")
+    add("--attack-eps", type=number, default=8 / 255, help="radius, pixels in [0, 1] [assumed]")
+    add("--attack-steps", type=count, default=1, help="0: no attack [secondary]")
+    add("--attack-step-size", type=number, default=8 / 255, help="eps, for one step [secondary]")
+    add("--sgld-steps", type=count, default=20, help="K of the negatives [JEM]")
+    add("--buffer-size", type=positive, default=10000, help="chains, at least a batch [JEM]")
+    add("--seed", type=count, default=0, help="of weights, data order, attacks, chains and samples")
+    add("--limit", type=positive, default=50000, help="at most so many images of each set")
+    add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
+
+    running = argparse.ArgumentParser(add_help=False)
+    add = running.add_argument_group("running; these may change").add_argument
+    add("--small", action="store_true", help="other defaults, for CIFAR-10 on a CPU")
+    add("--epochs", type=positive, default=200, help="[JEM]")
+    add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
+    add("--out", default="runs/jeat", help="folder of the run")
+    add("--device", default=DEVICES[0], choices=DEVICES)
+    add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
+    add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
+        help="buffer: of --method jeat only")
+    add("--start", default="class", metavar="KIND",
+        help="class: a Gaussian of each [secondary]; pooled: one of all; fields: random colours; "
+             "cifar100, svhn or a .npy: images [ours, from pooled on]")
+    add("--seed-split", default="train", choices=("train", "test"),
+        help="the Gaussians' images [ours, so that no test image enters]")
+    add("--num-samples", type=positive, default=50000, help="of each sampler [assumed]")
+    add("--sample-steps", type=count, default=100, help="[assumed]")
+    add("--sample-step-size", type=number, default=0.25, help="of the raw gradient [JEM]")
+    add("--sample-eps", type=radius, default=math.inf, help="radius around the start [secondary]")
+    add("--sample-norm", default="none", choices=("none", "l2", "linf"),
+        help="none: the raw gradient [secondary]")
+    add("--sample-noise", type=number, default=0.005, help="standard deviation per step [JEM]")
+    add("--sample-batch-size", type=positive, default=500, help="images moved together")
+    no_buffer = dict(sampler=["gaussian", "noise"])
+    small = dict(
+        out="runs/jeat-small", arch="small-32", epochs=24, lr=1e-3, sgld_steps=5, buffer_size=5000,
+        num_samples=1000)
+    smoke = dict(
+        out="runs/jeat-smoke", arch="small-16", epochs=6, batch_size=32, lr=3e-3, sgld_steps=5,
+        buffer_size=100, sample_steps=60, num_samples=100)
+    return read_flags(training, running, argv, [
+        ({"method": "prejeat"}, no_buffer), ({"method": "at"}, no_buffer),
+        ({"method": "at"}, dict(attack_steps=10, attack_step_size=2 / 255)),
+        ({"small": True}, small), ({"smoke": True}, smoke)])
 
 
 # ================================================================ model
 class Block(nn.Module):
+    """The stride is the second convolution's [JEM]."""
+
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(c_in, c_out, 3, 1, 1), nn.Conv2d(c_out, c_out, 3, stride, 1)
-        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride) if stride > 1 or c_in != c_out else nn.Identity()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, 1, 1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, stride, 1)
+        self.shortcut = nn.Identity()
+        if stride > 1 or c_in != c_out:
+            self.shortcut = nn.Conv2d(c_in, c_out, 1, stride)
 
     def forward(self, x):
-        return self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2)) + self.shortcut(x)
+        h = self.conv1(F.leaky_relu(x, 0.2))
+        return self.conv2(F.leaky_relu(h, 0.2)) + self.shortcut(x)
 
 
 class WideResNet(nn.Module):
-    """Images [B, 3, 32, 32] in [0, 1] to float32 logits [B, 10]; 2x - 1 is inside. JEM's: no normalisation,
-    LeakyReLU 0.2, a block's stride on its second convolution, biases, PyTorch's initialisation."""
+    """Images in [0, 1], [B, 3, 32, 32], to float32 logits [B, 10]; 2x - 1 is inside. No
+    normalisation layers, LeakyReLU 0.2, biases, PyTorch's initialisation [JEM]."""
 
-    def __init__(self, depth, width, stem):
+    def __init__(self, stem, widths, blocks):
         super().__init__()
-        n = (depth - 4) // 6  # blocks a stage
-        c = [16] + [16 * width * 2 ** (i // n) for i in range(3 * n)]
-        blocks = [Block(c[i], c[i + 1], 2 if i in (n, 2 * n) else 1) for i in range(3 * n)]
-        head = nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c[-1], 10)
-        self.net = nn.Sequential(stem, *blocks, *head)
+        c_in, layers = stem.out_channels, [stem]
+        for width, stride in zip(widths, (1, 2, 2)):
+            for i in range(blocks):
+                layers.append(Block(c_in, width, stride if i == 0 else 1))
+                c_in = width
+        self.features = nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(1),
+                                      nn.Flatten())
+        self.head = nn.Linear(c_in, 10)
 
     def forward(self, x):
-        h = self.net[:-1](2 * x - 1).float()
-        with torch.autocast(x.device.type, enabled=False):  # else energies would be rounded to 8 bits
-            return self.net[-1](h)
+        h = at_least_float32(self.features(2 * x - 1))
+        with torch.autocast(x.device.type, enabled=False):  # else energies would have 8 bits
+            return self.head(h)
 
 
 def make_model(arch="wrn-28-10"):
-    """A WideResNet: wrn-D-W, D = 6n + 4 [JEM: 28-10]; or "small", the smoke run's: 10-1, coarser."""
-    if arch == "small":
-        return WideResNet(10, 1, nn.Conv2d(3, 16, 6, 4, 1))  # windows overlap, or samples show a grid
-    return WideResNet(*map(int, arch.split("-")[1:]), nn.Conv2d(3, 16, 3, 1, 1))
+    """A WideResNet of depth D = 6 n + 4 and width W, wrn-D-W; or small-W, a coarser WRN-10."""
+    if arch.startswith("small"):
+        w = int(arch.removeprefix("small-"))
+        stem = nn.Conv2d(3, w, 6, 4, 1)  # its windows overlap, or samples would show a grid
+        return WideResNet(stem, (w, 2 * w, 4 * w), blocks=1)
+    depth, w = map(int, arch.removeprefix("wrn-").split("-"))
+    return WideResNet(nn.Conv2d(3, 16, 3, 1, 1), (16 * w, 32 * w, 64 * w), blocks=(depth - 4) // 6)
 
 
-# ================================================================ its own arguments
-SAMPLERS = "gaussian", "noise", "buffer"
-SMOKE = dict(arch="small", epochs=6, batch_size=32, lr=5e-3, attack_eps=24 / 255, sgld_steps=4,
-             buffer_size=300, sample_steps=60, num_samples=100, limit_test=500)
+# ================================================================ train and evaluate
+def learning_rate(args, epoch, i, updates):
+    """Of update i of an epoch of so many: warm-up over 1000 of them, at most a tenth of all [JEM;
+    the tenth: ours]; x 0.3 at --lr-drops."""
+    warmup = min(1000, args.epochs * updates / 10)
+    drops = sum(epoch >= drop * args.epochs for drop in args.lr_drops)
+    return args.lr * 0.3 ** drops * min(1, (epoch * updates + i + 1) / warmup)
 
 
-def parse_args(argv):
-    archs = "wrn-28-10", "wrn-28-4", "wrn-16-8", "wrn-16-4", "wrn-16-2", "wrn-10-2", "wrn-10-1", "small"
-    own = [("training", "--method", dict(choices=("jeat", "prejeat", "at"), help="prejeat: CE at jeat's x_adv"
-                                         " of one step of eps; at: CE, 10 of eps / 4; %(default)s")),
-           ("training", "--lr-drops", dict(REAL, nargs="*", help="--lr x 0.3 at these fractions of --epochs; "
-                                           "default: 0.8 0.9")),
-           ("training", "--sgld-steps", dict(COUNT, help="of the negative x_K; %(default)s")),
-           ("training", "--buffer-size", dict(COUNT, help="chains, at least --batch-size; %(default)s"))]
-    args = parse_common(
-        argv, archs, SAMPLERS, ("class", "pooled"), SMOKE, own,
-        method="jeat", norm="linf",  # [secondary], and one step of eps, set below
-        arch="wrn-28-10", epochs=200, batch_size=64, lr=1e-4, lr_drops=[0.8, 0.9],  # [JEM]
-        sgld_steps=20, buffer_size=10000,  # [JEM]
-        attack_eps=8 / 255,  # [assumed]
-        sample_norm="none", sample_eps=math.inf, sample_step_size=0.25, sample_noise=0.005,  # [JEM]
-        sample_steps=100, start="class", num_samples=50000, sample_batch_size=500)  # [assumed]
-    if math.isinf(args.attack_eps) or not all(0 <= drop <= 1 for drop in args.lr_drops):
-        fail("--attack-eps must be finite, and --lr-drops in 0..1")
-    if args.method == "jeat" and args.buffer_size < args.batch_size:
-        fail(f"--buffer-size {args.buffer_size} must be at least --batch-size, {args.batch_size}")
-    steps, share = (10, 1 / 4) if args.method == "at" else (1, 1)  # at: PGD-10 of 2/255 at 8/255 [assumed]
-    default = {"attack_steps": steps, "attack_step_size": args.attack_eps * share}
-    vars(args).update({flag: value for flag, value in default.items() if vars(args)[flag] is None})
-    return args
+def train(f, buffer, x_train, y_train, args):
+    """Train f in place, and the buffer (None: no negatives), from the last checkpoint up to
+    --epochs."""
+    optimizer = torch.optim.Adam(f.parameters(), args.lr)  # [JEM]
+    parts = dict(model=f, optimizer=optimizer)
+    if buffer is not None:
+        parts["buffer"] = buffer
+    for epoch in range(resume(args, **parts), args.epochs):
+        try:
+            figures = train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args)
+        except ValueError as e:  # a NaN in an attack, a chain, the loss
+            keeps = f"--epochs {epoch} samples from the checkpoint before it; " if epoch > 0 else ""
+            raise ValueError(f"training diverged in epoch {epoch + 1} ({e}): {keeps}"
+                             "a smaller --lr or another --seed needs another --out") from e
+        log(args, epoch=epoch + 1, **figures)
+        save_checkpoint(args, epoch + 1, **parts)
 
 
-# ================================================================ train, sample, evaluate
-def train(f, buffer, x_train, y_train, args, state):
-    """Train f in place, and the buffer, from `state` (what the checkpoint holds) to --epochs."""
-    optimizer = torch.optim.Adam(f.parameters(), args.lr)  # [JEM], as warm-up, x 0.3, crops and noise below
-    restore(args, state, f, optimizer)
-    if buffer and "buffer" in state:
-        buffer.load_state_dict(state["buffer"])
-    n, first, begun, updates = len(x_train), state["epoch"], time.time(), -(-len(x_train) // args.batch_size)
-    x_fixed, y_fixed, warmup = to_float(x_train[:250]), y_train[:250], min(1000, args.epochs * updates / 10)
+def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
+    """One pass over the images -> its figures. ValueError: it diverged."""
     score = cross_entropy if args.method == "at" else joint_energy_score
-    for epoch in range(first, args.epochs):
-        f.train()
-        start, total, seen, peak = time.time(), 0, 0, torch.zeros((), device=x_train.device)
-        for i, batch in enumerate(torch.randperm(n, device=x_train.device).split(args.batch_size)):
-            lr = args.lr * 0.3 ** sum(epoch >= drop * args.epochs for drop in args.lr_drops)
-            optimizer.param_groups[0]["lr"] = lr = lr * min(1, (epoch * updates + i + 1) / warmup)
-            x, y = to_float(x_train[batch]), y_train[batch]
-            x = x if args.smoke else crop_flip(x, mode="reflect")  # the drawn bars have a direction
-            x = (x + 0.015 * torch.randn_like(x)).clamp(0, 1)  # the clamp [assumed]: the attack's box
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-                loss, pieces = jeat_loss(f, x, y, buffer, score, args.attack_steps, args.attack_step_size,
-                                         args.attack_eps, args.norm, args.sgld_steps)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            values = torch.stack([loss, *pieces]).detach()
-            total, seen = total + values * len(batch), seen + len(batch)
-            peak = torch.maximum(peak, values.abs().amax())  # energies can run away together, too; keeps NaN
-            if i % (50 if x.is_cuda else 1) == 0 or seen == n:  # the only synchronisation
-                check_loss(args, peak.item())
-                means = dict(zip(("loss", "ce", "e_adv", "e_k"), (total / seen).tolist()))
-                progress("training", begun, (args.epochs - first) * n, (epoch - first) * n + seen,
-                         f", epoch {epoch + 1}/{args.epochs}, loss {means['loss']:.4f}")
-        with torch.no_grad():
-            means["e_clean"] = energy(f(x_fixed)).mean().item()
-        if (epoch + 1) % 5 == 0:  # a one-step attack can overfit, catastrophically
-            means["pgd20_train"] = accuracy(f, x_fixed, y_fixed, score=cross_entropy, **pgd20(args))
-        state["buffer"] = buffer.state_dict() if buffer else {}
-        end_epoch(args, state, f, optimizer, start, n, **means, lr=lr)
+    attack = dict(steps=args.attack_steps, step_size=args.attack_step_size, eps=args.attack_eps,
+                  norm=args.norm)
+    f.train()
+    values = []
+    batches = torch.randperm(len(x_train), device=args.device).split(args.batch_size)
+    for i, batch in enumerate(progress(batches, f"epoch {epoch + 1}/{args.epochs}")):
+        lr = learning_rate(args, epoch, i, len(batches))
+        optimizer.param_groups[0]["lr"] = lr
+        x, y = to_float(x_train[batch]), y_train[batch]
+        if not args.smoke:  # digits have a direction
+            x = crop_flip(x, mode="reflect")  # [JEM], as the noise
+        x = (x + 0.015 * torch.randn_like(x)).clamp(0, 1)  # the attack's box [assumed]
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            loss, pieces = jeat_loss(f, x, y, buffer, score, args.sgld_steps, **attack)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(torch.stack([loss, *pieces]).detach())  # stays on the device: nothing waits
+    values = torch.stack(values)
+
+    x, y = to_float(x_train[:250]), y_train[:250]
+    with eval_mode(f), torch.no_grad():
+        e_clean = energy(f(x)).mean()
+    largest = torch.cat([values.flatten(), e_clean[None]]).abs().max().item()
+    if not largest <= 1e8:  # nor is NaN
+        raise ValueError(f"a loss or an energy of size {largest:.3g}")
+    figures = dict(zip(("loss", "ce", "e_adv", "e_k"), values.mean(0).tolist()))
+    figures["e_clean"] = e_clean.item()
+    if (epoch + 1) % 5 == 0:
+        figures["pgd20_train"] = accuracy(f, x, y, cross_entropy, **pgd20(args))
+    return {**figures, "lr": lr}
 
 
 def pgd20(args):
     """PGD-20 from the clean image, 2/255 a step at 8/255; the last iterate [assumed]."""
-    return dict(steps=20, step_size=args.attack_eps / 4, eps=args.attack_eps, norm=args.norm)
-
-
-def quantiles(e):
-    return e.quantile(torch.tensor([.05, .25, .5, .75, .95], device=e.device)).tolist()
+    eps = args.attack_eps
+    return dict(steps=20, step_size=eps / 4, eps=eps, norm=args.norm)
 
 
 @torch.no_grad()
 def flatness(f, x, y, args):
-    """The energy around images x [N, 3, 32, 32] in [0, 1], labels y: E(x + r u, y), unclamped, along a random
-    unit u; drift, the mean l2 distance of 200 free SGLD steps; .05 .25 .5 .75 .95 quantiles of E(x)."""
-    generator, radii = torch.Generator(x.device).manual_seed(args.seed), [0, .25, .5, 1, 2, 4, 8, 16]
-    u = steepest(torch.randn(x.shape, generator=generator, device=x.device), "l2")
+    """The energy around images x [N, 3, 32, 32] in [0, 1] with labels y [N], as means over them.
+
+    e_xy, change  E(x + r u, y) at l2 radii r along one random direction u each, not clamped, and
+                  its absolute change
+    drift         l2 distance that 200 free steps of training's SGLD go
+    e_x           quantiles of E(x): of the images, under PGD-20, after those steps
+    """
+    torch.manual_seed(args.seed)
+    radii = [0, 0.25, 0.5, 1, 2, 4, 8, 16]
+    u = steepest(torch.randn_like(x), "l2")
     with eval_mode(f):
-        e = torch.stack([joint_energy(f(x + r * u), y) for r in radii])  # [R, N]
-        ends = {"clean": x, "pgd20": ascend(cross_entropy(f, y), x, **pgd20(args)),
-                "sgld": sample(f, x, steps=200, generator=generator)}
-        return {"radii": radii, "e_xy": e.mean(1).tolist(), "change": (e - e[0]).abs().mean(1).tolist(),
-                "drift": (ends["sgld"] - x).flatten(1).norm(dim=1).mean().item(),
-                "e_x": {name: quantiles(energy(f(x))) for name, x in ends.items()}}
+        e_xy = torch.stack([joint_energy(f(x + r * u), y) for r in radii])  # [R, N]
+        x_adv = ascend(cross_entropy(f, y), x, **pgd20(args))
+        x_k = sgld(log_p_x(f), x, 200, step_size=0.25, noise=0.005)
+        e_x = {"clean": energy(f(x)), "pgd20": energy(f(x_adv)), "sgld": energy(f(x_k))}
+    return {"n": len(x), "radii": radii, "e_xy": e_xy.mean(1).tolist(),
+            "change": (e_xy - e_xy[0]).abs().mean(1).tolist(),
+            "drift": (x_k - x).flatten(1).norm(dim=1).mean().item(),
+            "e_x": {name: quantiles(e) for name, e in e_x.items()}}
 
 
-def write_samples(name, f, x, y, buffer, args):
-    """--num-samples images of a sampler: class i mod 10 is wanted of image i, none from the buffer's chains;
-    the Gaussians are of images x, labels y."""
-    generator = torch.Generator(x.device).manual_seed(args.seed)
-    gaussians = fit_gaussians(x, y if args.start == "class" else None) if name == "gaussian" else None
-    start = {"gaussian": lambda i: gaussians.sample(i % 10 if args.start == "class" else len(i), generator),
-             "noise": lambda i: torch.rand(len(i), *x.shape[1:], generator=generator, device=x.device),
-             "buffer": lambda i: buffer.x[i % len(buffer.x)]}[name]
-    numbers, images, energies, begun = torch.arange(args.num_samples, device=x.device), [], [], time.time()
-    labels = None if name == "buffer" else numbers % 10
-    for i in numbers.split(args.sample_batch_size):
-        x_0, y = start(i), None if labels is None else labels[i]  # x_0 in float32
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp), torch.no_grad():
-            x_k = sample(f, x_0, y, args.sample_steps, args.sample_step_size, args.sample_eps,
-                         args.sample_norm, args.sample_noise, generator)
-            energies.append(energy(f(x_k)))
-        images.append(to_uint8(x_k))
-        progress(f"sampling, {name}", begun, len(numbers), sum(map(len, images)))
-    save_samples(Path(args.out) / f"samples_{name}", torch.cat(images), labels)
-    return {"n": len(numbers), "e_x": quantiles(torch.cat(energies))}
+def quantiles(e):
+    return e.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=e.device)).tolist()
 
 
 def run(args):
-    state = open_out(args)
-    names = [name for name in args.sampler if name != "buffer" or args.method == "jeat"]
-    if not names:
-        fail(f"--sampler buffer needs --method jeat: {args.method} has no replay buffer")
-    x_train, y_train, x_test, y_test = load_data(args, device := torch.device(args.device))
+    if args.method != "jeat" and "buffer" in args.sampler:
+        raise ValueError(f"--sampler buffer: --method {args.method} has no replay buffer")
+    if args.method == "jeat" and args.buffer_size < args.batch_size:
+        raise ValueError(f"--buffer-size {args.buffer_size} is below --batch-size")
+    x_train, y_train, x_test, y_test = load_data(args)
     split = (x_test, y_test) if args.seed_split == "test" else (x_train, y_train)
-    if "gaussian" in names and args.start == "class" and len(split[1].unique()) < 10:
-        fail("--start class needs all ten classes: a larger --limit-train or --limit-test")
+    draw_start = starts(args.start, *split, root=args.data)
     torch.manual_seed(args.seed)
-    f = make_model(args.arch).to(device, memory_format=torch.channels_last)
-    buffer = ReplayBuffer(args.buffer_size, (3, 32, 32), device=device) if args.method == "jeat" else None
-    train(f, buffer, x_train, y_train, args, state)
-    results = state["results"]
+    f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
+    buffer = None
+    if args.method == "jeat":
+        buffer = ReplayBuffer(args.buffer_size, (3, 32, 32), device=args.device)
+    train(f, buffer, x_train, y_train, args)
 
-    for name, attack in {"clean": {}, "pgd20": {"score": cross_entropy, **pgd20(args)}}.items():
-        show = partial(progress, f"accuracy, {name}", time.time(), len(x_test))
-        once(args, results, "accuracy", name, ["limit_test"],
-             lambda: accuracy(f, x_test, y_test, progress=show, **attack))
-    once(args, results, "energy", "flatness", ["limit_test"],
-         lambda: flatness(f, to_float(x_test[:100]), y_test[:100], args))
-    for name in names:
-        once(args, results, "samples", name, SAMPLING_FLAGS,
-             lambda: write_samples(name, f, *split, buffer, args))
-    score_samples(args, results, names)
-    print(f"{args.out}/results.json: accuracy {results['accuracy']}")
+    print(f"accuracy of {len(x_test)} test images, clean and under PGD-20 ...")
+    robustness = {"n": len(x_test), "clean": accuracy(f, x_test, y_test),
+                  "pgd20": accuracy(f, x_test, y_test, cross_entropy, **pgd20(args))}
+    print(robustness)
+    flat = flatness(f, to_float(x_test[:100]), y_test[:100], args)
+    start = {
+        "gaussian": lambda i: draw_start(i % 10),
+        "noise": lambda i: torch.rand(len(i), 3, 32, 32, device=i.device),
+        "buffer": lambda i: buffer.x[i % len(buffer.x)],  # its chains in turn
+    }
+    samples = {}
+    for name in args.sampler:
+        images, labels, energies = sample(f, name, start[name], args)
+        labels = None if name == "buffer" else labels
+        save_samples(f"{args.out}/samples_{name}", images, labels)
+        samples[name] = {"n": len(images), "e_x": quantiles(energies)}
+    return {"accuracy": robustness, "flatness": flat, "samples": scored(args, samples)}
 
 
-# ================================================================ block: drawn data
-# From here to the end the four scripts are the same, block by block, so that each can be copied alone.
+# ================================================================ the same in all four scripts
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+
+
 def draw(n, seed):
-    """n drawn images uint8 [n, 3, 32, 32] and labels [n], in turn: disc, circles, X, plus, horizon, bars in
-    three directions, checkerboard, two dots. Place, size, hue, background and noise vary."""
-    def uniform(low, high, channels=1):
-        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=g)
-    g, y, axis = torch.Generator().manual_seed(seed), torch.arange(n) % 10, torch.linspace(-1, 1, 32)
-    u, v, s = axis - uniform(-.25, .25), axis[:, None] - uniform(-.25, .25), uniform(.5, .7)
-    r, a, b, k, p = (u * u + v * v).sqrt(), u.abs(), v.abs(), uniform(7, 10), uniform(0, 6.3)
-    end, bars, rungs = 1.2 * s - torch.maximum(a, b), torch.sin(k * u + p), torch.sin(k * v + p)
-    figures = [s - r, torch.sin(1.3 * k * r), torch.minimum(.2 - (a - b).abs(), end),
-               torch.minimum(.17 - torch.minimum(a, b), end), v, bars, rungs,
-               torch.sin(.7 * k * (u + v) + p), bars * rungs, .27 - ((a - .4) ** 2 + v * v).sqrt()]
-    mask = torch.stack([f.expand(n, 1, 32, 32) for f in figures])[y, torch.arange(n)].mul(16).sigmoid()
-    hue = .5 + .5 * torch.cos(2 * math.pi * (uniform(0, 1) + torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)))
-    figure, ground, swap = .25 + .75 * hue, uniform(0, .3, 3), uniform(0, 1) < .5  # else pixels tell
-    figure, ground = torch.where(swap, ground, figure), torch.where(swap, figure, ground)
-    return to_uint8(ground + (figure - ground) * mask + .03 * torch.randn(n, 3, 32, 32, generator=g)), y
+    """n drawn images, uint8 [n, 3, 32, 32], of the digits in turn, and their labels [n]."""
+    random, images = np.random.default_rng(seed), []
+    for i in range(n):
+        light, dark = random.integers(128, 256, 3), random.integers(0, 100, 3)
+        paper, ink = random.permutation([light, dark]).tolist()  # else single pixels would do
+        image = Image.new("RGB", (32, 32), tuple(paper))
+        font, centre = ImageFont.load_default(random.integers(24, 34)), random.integers(12, 21, 2)
+        ImageDraw.Draw(image).text(tuple(centre.tolist()), str(i % 10), tuple(ink), font,
+                                   anchor="mm", stroke_width=1)
+        images.append(np.asarray(image))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.arange(n) % 10
 
 
-# ================================================================ block: loader
-def load_data(args, device):
-    """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32], int64 [N]; --smoke: drawn."""
-    sets, there = [draw(2000, seed=0), draw(1000, seed=1)], Path(args.data, "cifar-10-batches-py").exists()
-    try:
-        for i in range(0 if args.smoke else 2):
-            d = torchvision.datasets.CIFAR10(args.data, train=i == 0, download=not there)
-            sets[i] = torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)
-    except Exception as e:  # torchvision: RuntimeError for a wrong checksum, any error of the connection
-        what = "a damaged cifar-10-batches-py, to be deleted," if there else "no CIFAR-10 and no download"
-        fail(f"--data {args.data}: {what} ({e}); name another folder, or try --smoke, which needs no data")
-    return [t[:n].to(device) for pair, n in zip(sets, (args.limit_train, args.limit_test)) for t in pair]
+def load_data(args):
+    """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32] and int64 [N]."""
+    if args.smoke:
+        sets = [draw(2000, seed=0), draw(250, seed=1)]
+    else:
+        try:
+            sets = [CIFAR10(args.data, train, download=True) for train in (True, False)]
+        except Exception as e:  # no network, a damaged archive: torchvision raises a dozen kinds
+            raise OSError(f"no whole cifar-10-batches-py in --data {args.data}, and no download "
+                          f"({e}); --smoke needs no data") from e
+        sets = [(torch.tensor(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets]
+    return [t[:args.limit].contiguous().to(args.device) for xy in sets for t in xy]
 
 
-# ================================================================ block: crop_flip
-def crop_flip(x, pad=4, mode="constant"):
-    """Random crop of the padded image and random flip, for each sample of float x [B, C, S, S]."""
-    offsets = torch.randint(2 * pad + 1, (2, len(x), 1), device=x.device)
-    rows, columns = offsets + torch.arange(x.shape[-1], device=x.device)  # [B, S] each
-    columns = torch.where(torch.rand(len(x), 1, device=x.device) < 0.5, columns.flip(1), columns)
-    sample = torch.arange(len(x), device=x.device)[:, None, None]
-    return F.pad(x, (pad,) * 4, mode=mode)[sample, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+def progress(batches, what):
+    """Yield the batches, and print how far it is, how fast, and how long it will still take."""
+    begun, done, total = time.time(), 0, sum(map(len, batches))
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        rate = done / (time.time() - begun)
+        line = f"{what}: {done}/{total} images, {rate:.0f}/s, {(total - done) / rate:.0f} s left"
+        if done == total:
+            print(line, flush=True)
+        elif sys.stdout.isatty():  # there it rewrites itself
+            print(line, end="\x1b[K\r", flush=True)
 
 
-# ================================================================ block: log
-def progress(what, start, total, done, text=""):
-    """One line that rewrites itself on a terminal; elsewhere a line every ten seconds and at the end."""
-    now, terminal = time.time(), sys.stdout.isatty()
-    if done == total or now - getattr(progress, "shown", 0) > (0.2 if terminal else 10):
-        progress.shown, rate = now, done / max(now - start, 1e-9)
-        line = f"{what}: {done}/{total} images, {rate:.0f} images/s, ETA {(total - done) / rate:.0f} s{text}"
-        print("\r\033[K" * terminal + line, end="\n" * (done == total or not terminal), flush=True)
+def log(args, **figures):
+    """Print an epoch's figures, and add them to log.jsonl. ValueError: one is not finite."""
+    if not all(math.isfinite(value) for value in figures.values()):
+        raise ValueError(f"training diverged: {figures}; {args.out} keeps the checkpoint before")
+    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+    with open(f"{args.out}/log.jsonl", "a") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures}) + "\n")
 
 
-def log(args, results=None, **fields):
-    """A line of log.jsonl, for each epoch and event; results.json, where there are results."""
-    with open(Path(args.out) / "log.jsonl", "a") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **fields}) + "\n")
-    if results:
-        results |= {"versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-                    "device": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu",
-                    "args": {k: "inf" if v == math.inf else v for k, v in vars(args).items()}}  # strict JSON
-        replace_files({f"{args.out}/results.json": json.dumps(results, indent=2).encode()})
+def save_checkpoint(args, epoch, **parts):
+    """Replace --out's checkpoint by the state of the parts, unless the model has diverged."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    if not all(t.isfinite().all() for t in state["model"].values()):
+        raise ValueError(f"training diverged; {args.out} keeps the checkpoint before")
+    state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, training_flags(args)
+    state["rng"] = torch.get_rng_state()
+    state["cuda_rng"] = torch.cuda.get_rng_state() if args.device == "cuda" else None
+    torch.save(state, f"{args.out}/checkpoint.tmp")
+    os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
 
 
-def once(args, results, section, name, flags, work):
-    """results[section][name] = work(), unless results.json has it for the same flags."""
-    begun, phase, made_with = time.time(), f"{section} {name}", {k: str(vars(args)[k]) for k in flags}
-    there = section != "samples" or Path(f"{args.out}/samples_{name}.npz").exists()
-    if results["done"].get(phase) == made_with and there:
-        return print(f"{phase}: already in {args.out}")
-    results["done"].pop(phase, None), results.setdefault(section, {}).pop(name, None)
-    log(args, results, event=f"{phase} begins")  # a kill from here on leaves no row of other samples
-    results[section][name] = work()
-    results["done"][phase], results["seconds"][name] = made_with, time.time() - begun
-    log(args, results, event=phase, seconds=time.time() - begun)
-
-
-def score_samples(args, results, names):
-    """IS and FID into the rows of the samples that lack them, or null with the reason."""
-    rows = {f"{args.out}/samples_{name}.npz": results["samples"][name] for name in names}
-    try:
-        from metrics import score_rows
-        score_rows(rows, args.data, args.inception_weights, args.device, never=args.smoke)
-    except ImportError as e:
-        print(f"no IS and FID: {e}")
-        results["samples"] |= {k: {"fid": None, "reason": str(e)} | results["samples"][k] for k in names}
-    log(args, results, event="scores")
-
-
-# ================================================================ block: checkpoint
-def open_out(args):
-    """The state in --out: of its checkpoint, checked against args, and of results.json; or a beginning."""
-    if args.smoke and not (args.out or args.eval_only):
-        shutil.rmtree(f"runs/{NAME}-smoke", ignore_errors=True)
-    args.out = args.out or f"runs/{NAME}" + "-smoke" * args.smoke
-    path, results = Path(args.out) / "checkpoint.pt", Path(args.out) / "results.json"
+def resume(args, **parts):
+    """Put the parts and the random numbers where --out's checkpoint left them -> epochs done."""
+    path = Path(args.out, "checkpoint.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        return fail(f"--eval-only: no {path}") if args.eval_only else {"epoch": 0, "seconds": 0.0}
+        print(f"{args.out}: begins; {args.arch} on {args.device}")
+        return 0
     try:
-        state = torch.load(read := path, map_location="cpu", weights_only=True)
-        epoch, theirs, mine = state["epoch"], state["args"], vars(args)
-        if state["script"] != NAME:
-            raise ValueError(f"of {state['script']}.py")
-        old = json.loads(results.read_text()) if (read := results).exists() else {}
-        state["results"] = old if old.get("epoch") == epoch else state["results"]
-    except Exception as e:
-        fail(f"{read} is damaged or foreign ({repr(e)[:60]}): move it away or name another --out")
-    other = "".join(f"; {k} was {theirs.get(k)}, is {mine.get(k)}" for k in sorted(theirs.keys() | mine)
-                    if k not in FREE_FLAGS and mine.get(k) != theirs.get(k))
-    if args.eval_only:
-        print(f"--eval-only takes the training's flags from the checkpoint{other}")
-        mine.update({k: v for k, v in theirs.items() if k not in FREE_FLAGS}, epochs=epoch)
-    elif other or args.epochs < epoch:
-        fail(f"{path}: {epoch} epochs are done. --epochs may grow, all else needs another --out{other}")
-    elif args.epochs != theirs["epochs"]:
-        print(f"--epochs was {theirs['epochs']}: one long run ends elsewhere if the schedule depends on it")
-    return state
-
-
-def restore(args, state, model, optimizer):
-    """Make --out; put the state into model, optimiser and random numbers."""
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    log(args, event="start", epoch=state["epoch"])
-    print(f"{args.out}: {state['epoch']} of {args.epochs} epochs are done; {args.arch} on {args.device}")
-    if "model" in state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, mine = state["flags"], training_flags(args)
+    except Exception as e:  # torch.load raises a dozen kinds
+        raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
+    other = [f"{flag} was {theirs.get(flag)}, is {mine.get(flag)}" for flag in {**theirs, **mine}
+             if theirs.get(flag) != mine.get(flag)]
+    if other:
+        raise ValueError(f"{path} is of another training ({', '.join(other)}): name another --out")
+    if args.epochs < state["epoch"]:
+        raise ValueError(f"{path} is {state['epoch']} epochs old: --epochs can only grow")
+    if args.epochs != state["epochs"]:
+        print(f"--epochs was {state['epochs']}: a schedule that depends on it goes on differently")
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
-        if state.get("cuda_rng") is not None and "cuda" in args.device:
-            torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+    except (KeyError, RuntimeError) as e:
+        raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
+    if args.device == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    print(f"{args.out}: {state['epoch']} of {args.epochs} epochs are done")
+    return state["epoch"]
 
 
-def end_epoch(args, state, model, optimizer, begun, n, **figures):
-    """Log the epoch; write the state to checkpoint.pt, plain dicts that load with weights_only=True."""
-    check_loss(args, sum(p.detach().sum() for p in model.parameters()).item() * 0)  # NaN of a weight
-    took = time.time() - begun
-    state |= dict(epoch=state["epoch"] + 1, seconds=state["seconds"] + took, script=NAME, args=vars(args),
-                  rng=torch.get_rng_state(), model=model.state_dict(), optimizer=optimizer.state_dict(),
-                  cuda_rng=torch.cuda.get_rng_state(args.device) if "cuda" in args.device else None)
-    state["results"] = {"epoch": state["epoch"], "seconds": {"train": state["seconds"]}, "accuracy": {},
-                        "samples": {}, "done": {}}
-    torch.save(state, buffer := io.BytesIO())
-    log(args, event="epoch", epoch=state["epoch"], **figures, seconds=took, images_per_s=n / took)
-    replace_files({f"{args.out}/checkpoint.pt": buffer.getbuffer()})
-    Path(args.out, "results.json").unlink(missing_ok=True)  # of another checkpoint
+def training_flags(args):
+    return {"script": Path(__file__).stem, **{flag: getattr(args, flag) for flag in args.training}}
 
 
-def check_loss(args, loss):
-    """Stop at a loss that is not finite or explodes, before it reaches a checkpoint."""
-    if not abs(loss) < 1e8:
-        fail(f"training diverged (loss {loss}). {args.out} keeps the last good checkpoint, if there was one: "
-             "--eval-only samples from it; a smaller --lr or another --seed needs another --out", code=1)
+def scored(args, samples):
+    """The rows {name: dict} of samples with IS and FID, or with null and the reason."""
+    files = [f"{args.out}/samples_{name}.npz" for name in samples]
+    scores = [{"is_mean": None, "is_std": None, "fid": None}] * len(files)
+    reason = "only of CIFAR-10, on CUDA" if args.smoke or args.device == "cpu" else None
+    if reason is None:
+        try:
+            import metrics
+            scores = metrics.score(files, args.data, device=args.device)
+        except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights; out of memory
+            reason = " ".join(str(e).split())
+    if reason is not None:
+        print(f"no IS and FID ({reason}); later: python metrics.py {' '.join(files)}")
+    return {name: {**samples[name], **row, "reason": reason} for name, row in zip(samples, scores)}
 
 
-# ================================================================ block: flags
-NAME = Path(__file__).stem
-SAMPLING_FLAGS = ("num_samples", "start", "seed_split", "sample_norm", "sample_steps", "sample_step_size",
-                  "sample_eps", "sample_noise", "sample_batch_size", "limit_test", "amp", "cuda_graphs")
-FREE_FLAGS = {*SAMPLING_FLAGS, *"sampler inception_weights eval_only epochs data out device".split()}
-POSITIVE_FLAGS = "epochs batch_size limit_train limit_test num_samples sample_batch_size".split()
-COUNT, REAL = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
+def in_range(kind, low, high=math.inf):
+    """A type for argparse: a number of the kind in low ... high."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} ... {high}")
+        return kind(text)
+    parse.__name__ = kind.__name__
+    return parse
 
 
-def parse_common(argv, archs, samplers, starts, smoke, own, **defaults):
-    """The arguments: flags that mean the same in all scripts, and a script's own (group, flag, options)."""
-    parser = argparse.ArgumentParser(f"{NAME}.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    titles = "data", "model", "training", "attack", "sampling", "evaluation"
-    groups = {title: parser.add_argument_group(title).add_argument for title in titles}
-    data, model, training, attack, sampling, evaluation = groups.values()
-    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] * torch.cuda.is_available()
-    data("--data", default="./data", help="folder of cifar-10-batches-py, else downloaded; %(default)s")
-    data("--out", help=f"folder of the run; runs/{NAME}, with --smoke runs/{NAME}-smoke, begun afresh")
-    data("--limit-train", **COUNT, help="only the first N training images")
-    data("--limit-test", **COUNT, help="only the first N test images")
-    data("--smoke", action="store_true", help="the whole pipeline, small, on drawn classes, no downloads")
-    model("--arch", choices=archs, help="%(default)s")
-    model("--device", choices=("cpu", *cuda), default=(*cuda, "cpu")[0], help="%(default)s")
-    model("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 in the net only; default: on CUDA")
-    model("--cuda-graphs", action="store_true", help="replayed steps, for small batches; unmeasured")
-    training("--epochs", **COUNT, help="passes over the data; may grow in the same --out; %(default)s")
-    training("--batch-size", **COUNT, help="images; %(default)s")
-    training("--lr", **REAL, help="learning rate; %(default)s")
-    training("--seed", **COUNT, default=0, help="of weights, data order, attacks and sampling; %(default)s")
-    attack("--norm", choices=("l2", "linf"), help="of ball and step; %(default)s")
-    attack("--attack-eps", **REAL, help="radius, for pixels in [0, 1]; %(default)s")
-    attack("--attack-steps", **COUNT, help="0: no attack, the control; %(default)s")
-    attack("--attack-step-size", **REAL, help="for pixels in [0, 1]; %(default)s")
-    sampling("--sampler", nargs="+", choices=("all", *samplers), default=["all"], help="default: all")
-    sampling("--start", choices=starts, help="Gaussian per class, one pooled, uniform noise; %(default)s")
-    sampling("--seed-split", choices=("train", "test"), default="train", help="of the Gaussians; %(default)s")
-    sampling("--num-samples", **COUNT, help="images per sampler; %(default)s")
-    sampling("--sample-norm", choices=("l2", "linf", "none"), help="none: the raw gradient; %(default)s")
-    sampling("--sample-steps", **COUNT, help="%(default)s")
-    sampling("--sample-step-size", **REAL, help="for pixels in [0, 1]; %(default)s")
-    sampling("--sample-eps", **REAL, help="radius of the ball around the seed, or inf; %(default)s")
-    sampling("--sample-noise", **REAL, help="standard deviation, per step and pixel; %(default)s")
-    sampling("--sample-batch-size", **COUNT, help="images moved together; %(default)s")
-    evaluation("--eval-only", action="store_true", help="no training; its flags as in --out's checkpoint")
-    evaluation("--inception-weights", metavar="PATH", help="for IS, FID; default: downloaded, on CUDA only")
-    for group, flag, options in own:
-        groups[group](flag, **options)
-    parser.set_defaults(**defaults | (smoke if "--smoke" in (sys.argv if argv is None else argv) else {}))
+count = in_range(int, 0, 2 ** 63 - 1)
+positive = in_range(int, 1, 2 ** 63 - 1)
+number = in_range(float, 0, sys.float_info.max)  # finite
+radius = in_range(float, 0)
+fraction = in_range(float, 0, 1)
+
+
+def read_flags(training, running, argv, presets):
+    """The arguments. presets: (flags, other defaults that they bring together), ..."""
+    parser = argparse.ArgumentParser(description=__doc__, parents=[training, running],
+                                     formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = stop
+    given = vars(parser.parse_args(argv))
+    for flags, defaults in presets:
+        if all(given[flag] == value for flag, value in flags.items()):
+            parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    args.amp = "cuda" in args.device if args.amp is None else args.amp
-    args.sampler = [s for s in samplers if s in args.sampler or "all" in args.sampler]
-    for flag, v in vars(args).items():
-        low, high = flag in POSITIVE_FLAGS, math.inf if flag.endswith("_eps") else 2 ** 63 - 1024
-        numbers = [n for n in (v if isinstance(v, list) else [v]) if type(n) in (int, float)]
-        if not all(low <= n <= high for n in numbers):
-            fail(f"--{flag.replace('_', '-')} must be {'> 0' if low else '>= 0'} and finite, not {v}")
+    args.amp = args.amp and args.device == "cuda"
+    args.training = list(vars(training.parse_args([])))
     return args
 
 
-# ================================================================ block: main
-def fail(message, code=2):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the docstring as it is."""
+
+
+def stop(message, code=2):
     """One line on stderr, and the end."""
-    print(f"{NAME}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
+    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, begun = parse_args(argv), time.time()
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
-    torch.backends.cudnn.benchmark, ascend.cuda_graphs = True, args.cuda_graphs
+    torch.backends.cudnn.benchmark = True
     socket.setdefaulttimeout(10)  # a silent download ends
+    if args.out == f"runs/{Path(__file__).stem}-smoke":  # begun afresh each time
+        shutil.rmtree(args.out, ignore_errors=True)
     try:
-        run(args)
+        figures = run(args)
+        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+        flags = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        results = {"args": flags, "versions": versions, "device": device,
+                   "seconds": time.time() - begun, **figures}
+        text = json.dumps(results, indent=2, allow_nan=False)
+        Path(args.out, "results.json").write_text(text)
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command with --out {args.out} goes on after the last epoch", code=130)
-    except (OSError, torch.OutOfMemoryError) as e:  # --out not writable, disk full; a smaller --batch-size
-        fail(e, code=2 if isinstance(e, OSError) else 1)
+        stop("interrupted; the same command goes on after the last epoch", code=130)
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        stop(f"out of memory: a smaller --batch-size or --sample-batch-size? ({e})")
+    except (OSError, ValueError) as e:
+        stop(e)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     """Ascend `score` from x: PGD, Langevin dynamics and all between (the formula above).
 
     score         maps x [B, ...] to [B]
-    x             float [B, ...]: the start, and the centre x_0 of the ball; inside the box
+    x             float [B, ...]: the start, and the centre x_0 of the ball
     steps         number of steps; 0 returns x unmoved, without a random start
     step_size     a step's l2 length ("l2"), a pixel's change ("linf"), a gradient's factor ("none")
     eps           radius of the ball: linf for "linf", l2 for "l2" and "none"; inf: no ball
@@ -41,13 +41,16 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
 
     Returns the last iterate, detached. A zero gradient gives a zero step. The gradient is taken of
     x only: x, the parameters (.grad, requires_grad) and the modules' modes stay as they are.
-    ValueError: a wrong argument, a start outside the box, a gradient that is not finite.
+    ValueError: a wrong argument; a gradient that is not finite; a start outside the box, where eps
+    is finite (the box would move it further than eps).
     """
     _check_arguments(x, steps, step_size, eps, norm, noise, random_start)
     x_0 = x.detach().clone()
     if steps == 0:
         return x_0
     low, high = clamp or (-math.inf, math.inf)
+    if eps < math.inf and not ((x_0 >= low) & (x_0 <= high)).all():
+        raise ValueError(f"ascend: a start outside the box {low} ... {high}, or NaN")
     x_k = x_0
     if random_start:
         x_k = (x_0 + _random_offset(x_0, eps, norm, generator)).clamp(low, high)
@@ -63,12 +66,9 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
             x_k = x_k + noise * xi
         x_k = project(x_k, x_0, eps, norm).clamp(low, high)
     finite &= x_k.flatten(1).isfinite().all(1)
-    inside = ((x_0 >= low) & (x_0 <= high)).flatten(1).all(1)
-    if not (finite & inside).all():  # the only synchronisation
-        if not finite.all():
-            raise ValueError(f"ascend: {_share(~finite)} met a gradient that is NaN or infinite, "
-                             f"or left the finite numbers, in {steps} steps")
-        raise ValueError(f"ascend: {_share(~inside)} start outside the box {low} ... {high}")
+    if not finite.all():  # the only synchronisation; with a finite eps there is another
+        raise ValueError(f"ascend: {_share(~finite)} met a gradient that is NaN or infinite, "
+                         f"or left the finite numbers, in {steps} steps")
     return x_k
 
 
@@ -447,9 +447,8 @@ def to_uint8(x):
     """float -> uint8: x * 255 to the nearest integer, clipped; uint8 stays. ValueError: a NaN."""
     if x.dtype == torch.uint8:
         return x
-    nan = x.isnan().flatten(1).any(1)
-    if nan.any():
-        raise ValueError(f"to_uint8: {_share(nan)} hold a NaN")
+    if x.isnan().any():
+        raise ValueError(f"to_uint8: {int(x.isnan().sum())} of {x.numel()} pixels are NaN")
     return x.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 

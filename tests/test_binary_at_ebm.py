@@ -1,13 +1,10 @@
 """binary_at_ebm.py: R1, loss, AUC, gate, attacks and net against formulas; a ring in the plane; the smoke run and its
-claim against a control; outlier detection; resume; bad input."""
-import copy
+claim against a control; outliers; resume; bad input."""
+import functools
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +14,26 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchvision.models.resnet import resnet50
+from torchvision.models.resnet import resnet18
 
 import binary_at_ebm
 import conftest
-from binary_at_ebm import adversaries, at_ebm_loss, auc, gate, r1_penalty
-from cem_sup import draw
-from conftest import ROOT, run_script, train_judge
+from binary_at_ebm import Gate, adversaries, at_ebm_loss, auc, r1_penalty, scores
+from conftest import run_script, train_judge
 from samplers import ascend, logit, to_float
 
-TINY = ["--smoke", "--limit-train", "640", "--limit-test", "50", "--num-samples", "10", "--epochs", "2",
-        "--device", "cpu", "--sample-steps", "2", "--ood-images", "10", "--ood-steps", "2"]
+draw = functools.cache(binary_at_ebm.draw)
+TINY = ["--smoke", "--device", "cpu", "--limit", 320, "--epochs", 1, "--num-samples", 10, "--sample-steps", 1,
+        "--ood-sets"]
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch):
+    monkeypatch.setattr(binary_at_ebm, "draw", lambda n, seed: draw(min(n, 320), seed))
+
+
+def main(*flags):
+    binary_at_ebm.main(list(map(str, flags)))
 
 
 def smooth(seed=0, n=6):
@@ -38,7 +44,17 @@ def smooth(seed=0, n=6):
 
 def small(seed=0):
     torch.manual_seed(seed)
-    return binary_at_ebm.make_model("small")
+    return binary_at_ebm.make_model("small-32")
+
+
+def spy(monkeypatch, name, look, owner=binary_at_ebm):
+    """owner.NAME works as before, but for look(args, kwargs) before each call."""
+    function = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        look(args, kwargs)
+        return function(*args, **kwargs)
+    monkeypatch.setattr(owner, name, call)
 
 
 # ---------------------------------------------------------------- R1, loss, AUC, gate
@@ -47,86 +63,73 @@ def small(seed=0):
 def test_r1_of_a_quadratic():
     """f = x'Ax / 2 + b'x has the gradient Ax + b, so R1 = |Ax + b|^2 / 2, and dR1/db = Ax + b."""
     torch.manual_seed(0)
-    A, x = torch.randn(6, 6).double(), torch.randn(5, 6).double().requires_grad_()
-    A, b = A + A.T, torch.randn(6).double().requires_grad_()
-    r1 = r1_penalty(((x @ A * x).sum(1) / 2 + x @ b)[:, None], x)
-    g = (x @ A + b).detach()
+    A, x = torch.randn(6, 6).double(), torch.randn(5, 2, 3).double().requires_grad_()
+    A, b, flat = A + A.T, torch.randn(6).double().requires_grad_(), x.flatten(1)
+    r1 = r1_penalty(((flat @ A * flat).sum(1) / 2 + flat @ b)[:, None], x)
+    g = (flat @ A + b).detach()
     torch.testing.assert_close(r1, 0.5 * g.square().sum(1).mean())
     r1.backward()
     torch.testing.assert_close(b.grad, g.mean(0))
 
 
-def test_r1_sums_over_pixels_and_averages_over_images():
-    x = torch.rand(4, 3, 8, 8, requires_grad=True)
-    assert r1_penalty(2 * x.sum((1, 2, 3))[:, None], x).item() == pytest.approx(0.5 * 4 * 192)
-
-
 def test_gradient_of_the_loss_through_r1_against_finite_differences():
     f, x_pos, x_neg = smooth(), torch.randn(5, 6).double(), torch.randn(5, 6).double()
-    loss, *_ = at_ebm_loss(f, x_pos, x_neg, r1=3.0)
-    gradients = torch.autograd.grad(loss, list(f.parameters()))
-    for p, g in zip(f.parameters(), gradients):
-        for i in range(0, p.numel(), 7):
-            values = []
-            for h in (1e-5, -1e-5):
-                with torch.no_grad():
-                    p.view(-1)[i] += h
-                values.append(at_ebm_loss(f, x_pos, x_neg, r1=3.0)[0].item())
-                with torch.no_grad():
-                    p.view(-1)[i] -= h
-            assert (values[0] - values[1]) / 2e-5 == pytest.approx(g.view(-1)[i].item(), rel=1e-5, abs=1e-8)
+    names, parameters = zip(*f.named_parameters())
+
+    def loss(*values):
+        net = partial(torch.func.functional_call, f, dict(zip(names, values)))
+        return at_ebm_loss(net, x_pos, x_neg, r1=3.0)[0]
+    assert torch.autograd.gradcheck(loss, parameters)
 
 
 @pytest.mark.parametrize("r1", [0.0, 0.01, 1.0])
 def test_loss_is_bce_over_all_logits_and_r1_at_the_positives(r1):
     f, x_pos, x_neg = smooth(), 3 * torch.randn(5, 6).double(), torch.randn(5, 6).double()
-    loss, f_pos, f_neg = at_ebm_loss(f, x_pos, x_neg, r1)
-    both = torch.cat([f(x_pos), f(x_neg)])
-    labels = torch.cat([torch.ones(5, 1), torch.zeros(5, 1)]).double()
+    loss, f_pos, f_neg = at_ebm_loss(f, x_pos, x_neg, **({} if r1 == 0.01 else {"r1": r1}))  # 0.01: the default
+    both, labels = torch.cat([f(x_pos), f(x_neg)]), torch.cat([torch.ones(5, 1), torch.zeros(5, 1)]).double()
     x = x_pos.clone().requires_grad_()
     penalty = 0.5 * torch.autograd.grad(f(x).sum(), x)[0].square().sum(1).mean()
     torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(both, labels) + r1 * penalty)
     assert torch.equal(torch.cat([f_pos, f_neg]), both) and not f_pos.requires_grad and not x_pos.requires_grad
 
 
-def test_the_default_weight_of_r1():
-    f, x_pos, x_neg = smooth(), torch.randn(5, 6).double(), torch.randn(5, 6).double()
-    assert torch.equal(at_ebm_loss(f, x_pos, x_neg)[0], at_ebm_loss(f, x_pos, x_neg, 0.01)[0])
-
-
 @pytest.mark.parametrize("n, m, values", [(1, 1, 2), (7, 5, 3), (40, 31, 5), (32, 32, 10 ** 6)])
 def test_auc_against_a_loop_with_ties(n, m, values):
-    for seed in range(5):
-        g = torch.Generator().manual_seed(seed)
-        positive, negative = (torch.randint(values, (k, 1), generator=g).float() for k in (n, m))
-        wins = sum((p > q) + 0.5 * (p == q) for p in positive.view(-1).tolist() for q in negative.view(-1).tolist())
-        area = auc(positive, negative)
-        assert area.item() == wins / (n * m) and area.dtype == torch.float64  # exactly
-        assert auc(negative, positive).item() == pytest.approx(1 - wins / (n * m), abs=1e-12)
-    assert auc(torch.ones(200_000), torch.cat([torch.zeros(100_000), torch.ones(100_000)])).item() == 0.75
+    g = torch.Generator().manual_seed(n)
+    positive, negative = (torch.randint(values, (k, 1), generator=g).float() for k in (n, m))
+    wins = sum((p > q) + 0.5 * (p == q) for p in positive.view(-1).tolist() for q in negative.view(-1).tolist())
+    assert auc(positive, negative).item() == wins / (n * m)  # exactly
+    assert auc(negative, positive).item() == pytest.approx(1 - wins / (n * m), abs=1e-12)
+    positive[0] = math.nan
+    for pair in ((positive, negative), (negative, positive)):
+        with pytest.raises(ValueError, match="NaN"):
+            auc(*pair)
 
 
 def test_gate():
-    def run(areas, stage=None, **flags):
-        stage = stage or {"K": 0, "window": [], "iteration": 0}
+    def run(areas, K=0, **flags):
+        gate = Gate(K, **{"last": 3, "threshold": 0.8, "window": 4, "most": 10} | flags)
         for area in areas:
-            stage = gate(stage, area, **{"last": 3, "threshold": 0.8, "window": 4, "most": 10} | flags)
-        return stage
-    assert run([1.0] * 3) == {"K": 0, "window": [1.0] * 3, "iteration": 3}  # a window that is not full says nothing
-    assert run([1.0] * 9, window=10, most=99)["K"] == 0  # even where its sum would do
-    assert run([1.0] * 4) == {"K": 1, "window": [], "iteration": 0}
-    assert run([0.8125, 0.75] * 2)["K"] == 0 and run([0.875, 0.75] * 2)["K"] == 1  # the mean, .78125 and .8125
-    assert run([0.75] * 4, threshold=0.75)["K"] == 0  # exceeds, not reaches
-    assert run([0.0] * 3 + [1.0] * 3)["K"] == 0 and run([0.0] * 3 + [1.0] * 4)["K"] == 1  # the last four only
-    assert run([1.0] * 7) == {"K": 1, "window": [1.0] * 3, "iteration": 3}  # emptied at each K
-    assert run([0.0] * 9)["K"] == 0 and run([0.0] * 10) == {"K": 1, "window": [], "iteration": 0}
-    assert run([1.0] * 30) == {"K": 3, "window": [1.0] * 4, "iteration": 18}  # never beyond the last
-    assert run([0.0] * 100)["K"] == 3
-    start = {"K": 2, "window": [0.5], "iteration": 5}
-    assert gate(start, 1.0) == {"K": 2, "window": [0.5, 1.0], "iteration": 6} and start["window"] == [0.5]
+            gate.update(area)
+        return gate.K, gate.areas, gate.iteration
+    assert run([1.0] * 3) == (0, [1.0] * 3, 3)  # a window that is not full says nothing
+    assert run([1.0] * 9, window=10, most=99)[0] == 0  # even where its sum would do
+    assert run([1.0] * 4) == (1, [], 0)
+    assert run([0.8125, 0.75] * 2)[0] == 0 and run([0.875, 0.75] * 2)[0] == 1  # the mean, .78125 and .8125
+    assert run([0.75] * 4, threshold=0.75)[0] == 0  # exceeds, not reaches
+    assert run([0.0] * 3 + [1.0] * 3)[0] == 0 and run([0.0] * 3 + [1.0] * 4)[0] == 1  # the last four only
+    assert run([1.0] * 7) == (1, [1.0] * 3, 3)  # emptied at each K
+    assert run([0.0] * 9)[0] == 0 and run([0.0] * 10) == (1, [], 0)
+    assert run([1.0] * 30) == (3, [1.0] * 4, 18)  # never beyond the last
+    assert run([1.0] * 30, K=3)[0] == 3
+    one, two = Gate(0, 3, 0.8, 4, 10), Gate(0, 3, 0.8, 4, 10)
+    for area in (1.0, 1.0, 1.0, 1.0, 0.5, 0.25):
+        one.update(area)
+    two.load_state_dict(one.state_dict())
+    assert vars(one) == vars(two) and (two.K, two.areas, two.iteration) == (1, [0.5, 0.25], 2)
 
 
-# ---------------------------------------------------------------- attacks
+# ---------------------------------------------------------------- attacks and net
 
 
 def test_adversaries_against_steps_by_hand():
@@ -148,70 +151,44 @@ def test_adversaries_against_steps_by_hand():
     x_pos, x_neg = adversaries(f, x, x_0)  # the paper's: K = 25 and J = 5 steps of 0.1, unconstrained
     torch.testing.assert_close(x_neg, steps(x_0, 1, 25, 0.1, math.inf), rtol=0, atol=1e-4)
     torch.testing.assert_close(x_pos, steps(x, -1, 5, 0.1, math.inf), rtol=0, atol=1e-4)
-    assert (f(x_neg) > f(x_0)).all() and (f(x_pos) < f(x)).all()
-
-
-def test_displacement_is_at_most_steps_times_step_size():
-    f, x, x_0 = small(), *torch.rand(2, 8, 3, 32, 32)
-    moved = {}
-    for K in (0, 1, 5):
-        x_pos, x_neg = adversaries(f, x, x_0, K, 2, 0.3, 0.1)
-        moved[K] = (x_neg - x_0).flatten(1).norm(dim=1)
-        assert moved[K].max() <= 0.3 * K + 1e-5 and (x_pos - x).flatten(1).norm(dim=1).max() <= 0.2 + 1e-5
-    assert torch.equal(moved[0], torch.zeros(8)) and 0.2 < moved[1].mean() < moved[5].mean()
-
-
-def test_an_iteration_needs_no_forward_more(tmp_path, monkeypatch):
-    """2K + 2J + 9.3 forwards' work: K + J of them for the attacks, one of each side for loss, R1 and AUC."""
-    count, iterations, areas = [0], [0], []
-    forward, loss, area = binary_at_ebm.Energy.forward, at_ebm_loss, auc
-    monkeypatch.setattr(binary_at_ebm.Energy, "forward", lambda f, x: (count.append(count.pop() + 1), forward(f, x))[1])
-    monkeypatch.setattr(binary_at_ebm, "at_ebm_loss", lambda f, x_pos, x_neg, r1: (
-        iterations.append(iterations.pop() + 1), loss(f, x_pos, x_neg, r1))[1])
-    monkeypatch.setattr(binary_at_ebm, "auc", lambda *fs: (areas.append(count[0]), area(*fs))[1])
-    binary_at_ebm.main([*TINY, "--out", str(tmp_path), "--attack-steps", "3", "--ood-sets", "--sampler", "ascent",
-                        "--epochs", "1"])
-    assert iterations == [2] and areas == [3 + 1 + 2, 2 * (3 + 1 + 2)]
-
-
-# ---------------------------------------------------------------- net
+    x_pos, x_neg = adversaries(f, x, x_0, 1, 2, 0.01, 0.02, norm="linf")
+    assert (x_neg - x_0).abs().max().item() == pytest.approx(0.01) and (x_pos - x).abs().max() > 0.03
 
 
 def test_the_affine_resnet_is_a_batchnorm_net_in_eval_mode():
     torch.manual_seed(0)
-    f = binary_at_ebm.make_model("resnet50").train()
-    other = resnet50(num_classes=1)
+    f = binary_at_ebm.make_model("resnet18")
+    other = resnet18(num_classes=1)
     other.conv1, other.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     for m in f.net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.8, 1.4), nn.init.normal_(m.bias, std=0.1)
+            nn.init.uniform_(m.weight, 0.8, 1.4)
+            nn.init.normal_(m.bias, std=0.1)
     fresh = {k: v for k, v in other.state_dict().items() if "running" in k or "batches" in k}
     other.load_state_dict(dict(f.net.named_parameters()) | fresh)
-    x, state = torch.rand(3, 3, 32, 32), copy.deepcopy(f.state_dict())
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([.4914, .4822, .4465], [.2023, .1994, .2010]))
-    torch.testing.assert_close(f(x), other.eval()((x - mean) / std), rtol=1e-4, atol=0)
-    torch.testing.assert_close(f(x), f.eval()(x))  # no mode, no statistics
-    assert all(torch.equal(v, state[k]) for k, v in f.state_dict().items())
-    assert sum(p.numel() for p in f.parameters()) == 23_520_842 - 9 * 2049  # of cem_sup's, with one logit
+    x, mean, std = torch.rand(3, 3, 32, 32), [.4914, .4822, .4465], [.2023, .1994, .2010]
+    right = other.eval()((x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+    torch.testing.assert_close(f.train()(x), right, rtol=1e-4, atol=1e-5)  # there is no training mode
+    assert all(torch.equal(f.net.state_dict()[k], v) for k, v in fresh.items())  # and no statistics
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "small"])
-def test_default_initialisation(arch):
+@pytest.mark.parametrize("arch, millions", [("resnet18", 11.17), ("resnet50", 23.50), ("small-32", 0.09)])
+def test_net_and_its_default_initialisation(arch, millions):
     """PyTorch's: uniform within 1 / sqrt(fan-in); affines the identity; logits near zero. float32 out, always."""
     torch.manual_seed(0)
-    f = binary_at_ebm.make_model(arch)
+    f, stem = binary_at_ebm.make_model(arch), []
     for m in f.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             bound = m.weight[0].numel() ** -0.5
             assert m.weight.abs().max() <= bound and m.weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.15)
         if isinstance(m, nn.BatchNorm2d):
             assert not m.training and (m.weight == 1).all() and (m.bias == 0).all()
-    x = torch.rand(2, 3, 32, 32)
-    assert f(x).shape == (2, 1) and f(x).abs().max() < 2
-    with torch.autocast("cpu", torch.bfloat16):
-        assert f(x).dtype == torch.float32
-    if arch != "small":
-        assert f.net.layer1(f.net.relu(f.net.bn1(f.net.conv1(x)))).shape[2:] == (32, 32)  # stride 1, no pooling
+            m.register_forward_hook(lambda m, args, out: stem.append(out.shape[2]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=arch == "small-32"):  # else slow
+        logits = f(torch.rand(2, 3, 32, 32))
+    assert logits.shape == (2, 1) and logits.abs().max() < 2 and logits.dtype == torch.float32
+    assert sum(p.numel() for p in f.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    assert stem[:2] == ([16, 8] if arch == "small-32" else [32, 32])  # the ResNets: stride 1 and no pooling
 
 
 # ---------------------------------------------------------------- a ring in the plane
@@ -220,28 +197,29 @@ def test_default_initialisation(arch):
 RADIUS, SIDE = 2.5, 8.0  # p_0 is uniform in a square of this side, which the attacks' box [0, 1] stands for
 
 
-def on_ring(n, factor=1.0, spread=0.05):
+def on_ring(n, factor=1.0, spread=0.1):
     angle, radius = 2 * math.pi * torch.rand(n), factor * RADIUS + spread * torch.randn(n)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1) / SIDE + 0.5
 
 
-def ring_net(K_last=25, J=5, seed=0, updates=750):
-    """The script's attacks, loss and gate. D of the net at factors of the radius, and where samples of it end."""
+def ring_net(K_last=12, J=3, seed=0, updates=320, most=14):
+    """The script's attacks, loss and gate. D of the net at factors of the radius, the share of samples that end near
+    the ring, and K."""
     torch.manual_seed(seed)
     f = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
                       nn.Linear(64, 1))
     net = lambda u: f(SIDE * (u - 0.5))  # noqa: E731
-    optimizer, stage = torch.optim.Adam(f.parameters(), 1e-3, betas=(0.0, 0.99)), {"K": 0, "window": [], "iteration": 0}
-    for _ in range(updates):  # steps of 0.1 and 0.02, and R1, in the plane
-        x_pos, x_neg = adversaries(net, on_ring(128), torch.rand(128, 2), stage["K"], J, 0.1 / SIDE, 0.02 / SIDE)
+    optimizer, gate = torch.optim.Adam(f.parameters(), 2e-3, betas=(0.0, 0.99)), Gate(0, K_last, 0.8, 10, most)
+    for _ in range(updates):  # steps of 0.2 and 0.04, and R1, in the plane
+        x_pos, x_neg = adversaries(net, on_ring(128), torch.rand(128, 2), gate.K, J, 0.2 / SIDE, 0.04 / SIDE)
         loss, f_pos, f_neg = at_ebm_loss(net, x_pos, x_neg, r1=0.01 / SIDE ** 2)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        stage = gate(stage, auc(f_pos, f_neg).item(), K_last, 0.8, 10, 22)
+        gate.update(auc(f_pos, f_neg).item())
     D = {factor: net(on_ring(2000, factor)).sigmoid().mean().item() for factor in (0.5, 1.0, 1.5)}
-    x = SIDE * (ascend(logit(net), torch.rand(1000, 2), 32, 0.1 / SIDE) - 0.5)
-    return D, ((x.norm(dim=1) / RADIUS - 1).abs() < 0.1).double().mean().item(), stage["K"]
+    x = SIDE * (ascend(logit(net), torch.rand(1000, 2), 16, 0.2 / SIDE) - 0.5)
+    return D, ((x.norm(dim=1) / RADIUS - 1).abs() < 0.1).double().mean().item(), gate.K
 
 
 @pytest.mark.slow
@@ -249,42 +227,38 @@ def test_on_a_ring_d_is_one_half_on_the_data_and_less_elsewhere():
     """The optimum of the objective. Without the attacks D is far from it; the samples alone do not tell."""
     D, within, K = ring_net()
     print(D, within)
-    assert K == 25 and 0.45 < D[1.0] < 0.55 and D[0.5] < D[1.0] - 0.03 and D[1.5] < 0.2 and within >= 0.9
+    assert K == 12 and 0.45 < D[1.0] < 0.55 and D[0.5] < D[1.0] and D[1.5] < 0.45 and within >= 0.85
     D, *_ = ring_net(K_last=0, J=0)
     print(D)
-    assert D[1.0] > 0.55
+    assert D[1.0] > 0.65
 
 
 # ---------------------------------------------------------------- the smoke run and what it learns
 
 
 def energy(out):
-    f = binary_at_ebm.make_model("small")
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    state = torch.load(Path(out, "checkpoint.pt"), weights_only=True)
+    f = binary_at_ebm.make_model(state["flags"]["arch"])
     f.load_state_dict(state["model"])
     return f, state
 
 
-def epochs_of(out):
-    return [r for r in map(json.loads, open(out / "log.jsonl")) if r["event"] == "epoch"]
-
-
-def logits(f, x):
-    return binary_at_ebm.scores(f, x)
+def pixels(path):
+    return torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
 
 
 def learning(judge, out):
-    """The figures of the claim, on other draws than those of training: AUC of data against p_0's images before and
-    after an ascent of 32 x 0.2, median logits, and the share of the ends that the judge takes for the data's class."""
-    f, state = energy(Path(out))
-    own = state["args"]["classes"][0]
-    x, y = draw(1000, 1)
+    """The figures of the claim, on digits of its own: AUC of data against p_0's images before and after a long ascent,
+    median logits, and the share of both that the judge takes for the data's class."""
+    f, state = energy(out)
+    own = state["flags"]["classes"][0]
+    x, y = draw(1000, 2)
     data, x_0 = to_float(x[y == own]), to_float(x[y != own])[:300]
     x_k = ascend(logit(f), x_0, 32, 0.2)
     recognised = [(judge(v).argmax(1) == own).double().mean().item() for v in (x_0, x_k)]
-    return {"K": state["stage"]["K"], "auc": auc(logits(f, data), logits(f, x_0)).item(),
-            "auc attacked": auc(logits(f, data), logits(f, x_k)).item(),
-            "logits: data, p_0, attacked": [round(logits(f, v).median().item(), 2) for v in (data, x_0, x_k)],
+    return {"K": state["gate"]["K"], "auc": auc(scores(f, data), scores(f, x_0)).item(),
+            "auc attacked": auc(scores(f, data), scores(f, x_k)).item(),
+            "logits: data, p_0, attacked": [round(scores(f, v).median().item(), 2) for v in (data, x_0, x_k)],
             "recognised before, after": recognised}
 
 
@@ -292,44 +266,38 @@ def learning(judge, out):
 def test_smoke_writes_everything(binary_at_ebm_smoke):
     out = binary_at_ebm_smoke.out
     results, (f, state) = json.loads((out / "results.json").read_text()), energy(out)
-    assert {"args", "versions", "device", "seconds", "samples", "ood", "energy"} <= set(results)
-    for name, n in {"ascent": 100, "translation": 50}.items():
-        row, z = results["samples"][name], np.load(out / f"samples_{name}.npz")
-        assert row["n"] == n and row["fid"] is None and "smoke" in row["reason"]
-        assert z["arr_0"].shape == (n, 32, 32, 3) and z["arr_0"].dtype == np.uint8
-        written = torch.from_numpy(z["arr_0"]).permute(0, 3, 1, 2)
-        q = (-logits(f, written)).quantile(torch.tensor([.05, .25, .5, .75, .95])).tolist()
-        assert row["energy"] == pytest.approx(q, abs=1e-3)
-    source = [draw(1000, 1)[i][:500] for i in (0, 1)]
-    source = source[0][source[1] == state["args"]["translate_from"]]
-    picture = np.asarray(Image.open(out / "samples_translation.png"))
-    assert picture.shape == (342, 342, 3)  # ten rows of five pairs
-    for i, image in enumerate([source[0], written[0], source[1], written[1]]):
-        there = picture[2:34, 2 + 34 * i:34 + 34 * i].astype(int)
+    assert results["K"] == state["gate"]["K"]
+    for name, n in {"ascent": 100, "translation": 25}.items():
+        row, images = results["samples"][name], pixels(out / f"samples_{name}.npz")
+        assert row["n"] == n and row["moved"] > 1 and row["fid"] is None and "CUDA" in row["reason"]
+        assert images.shape == (n, 3, 32, 32) and images.dtype == torch.uint8
+        assert row["energy"][2] == pytest.approx(-scores(f, images).quantile(0.5).item(), abs=1e-3)
+    x, y = draw(250, 1)
+    source = x[y == results["args"]["translate_from"]]
+    picture = np.asarray(Image.open(out / "samples_translation.png")).astype(int)
+    for i, image in enumerate([source[0], images[0], source[1], images[1]]):  # pairs
+        there = picture[2:34, 2 + 34 * i:34 + 34 * i]
         assert np.abs(there - image.permute(1, 2, 0).numpy()).max() <= 1
-    assert logits(f, written).median() > logits(f, source).median() + 1
-    energies = {k: v[2] for k, v in results["energy"].items()}
-    assert energies["data"] < energies["p0_attacked"] < energies["p0"]
+    assert scores(f, images).median() > scores(f, source).median() + 1
+    assert results["energy"]["data"][2] < results["energy"]["p0"][2] > results["energy"]["p0_attacked"][2]
     assert all(v == sorted(v) and len(v) == 5 for v in results["energy"].values())
-    assert {k: set(v) for k, v in results["ood"].items()}["svhn"] == {"skipped"}
     for name, seen in {"noise": False, "rest": True}.items():
         row = results["ood"][name]
-        assert row["n"] == 100 and row["seen_in_p0"] == seen and row["auroc_worst"] <= row["auroc"]
-    epochs = epochs_of(out)
-    steps = [r["K"] for r in epochs]
-    assert [r["epoch"] for r in epochs] == list(range(1, len(epochs) + 1)) and steps == sorted(steps)
+        assert row["n"] == 50 and row["seen_in_p0"] == seen and row["auroc_worst"] <= row["auroc"]
 
 
 @pytest.mark.slow
 def test_the_gate_raises_k(binary_at_ebm_smoke):
     """Beyond what the cap on epochs at each K would have let it."""
     args = json.loads((binary_at_ebm_smoke.out / "results.json").read_text())["args"]
-    assert epochs_of(binary_at_ebm_smoke.out)[-1]["K"] >= 2 * args["epochs"] // args["epochs_per_step"]
+    steps = [json.loads(line)["K"] for line in open(binary_at_ebm_smoke.out / "log.jsonl")]
+    assert steps == sorted(steps) and len(steps) == args["epochs"]
+    assert steps[-1] >= 2 * args["epochs"] // args["epochs_per_step"]
 
 
 @pytest.mark.slow
 def test_data_keep_a_higher_logit_than_what_a_long_attack_makes(binary_at_ebm_smoke, binary_at_ebm_control, judge):
-    """The claim. Bounds lie below the worst of five seeds: see README."""
+    """The claim: after 32 steps of 0.2, of l2 length 6.4; training's attack was 4."""
     attacked, control = (learning(judge, run.out) for run in (binary_at_ebm_smoke, binary_at_ebm_control))
     print(json.dumps({"attacked": attacked, "control": control}))
     assert attacked["auc"] > 0.9 and control["auc"] > 0.9  # both tell the data from p_0 as it is
@@ -340,331 +308,202 @@ def test_data_keep_a_higher_logit_than_what_a_long_attack_makes(binary_at_ebm_sm
 # ---------------------------------------------------------------- outliers, the other images
 
 
-@pytest.mark.slow
-def test_worst_case_is_never_above_clean(binary_at_ebm_smoke):
-    """On every set, and well below where the attack is strong; without it, equal."""
-    f, state = energy(binary_at_ebm_smoke.out)
-    x, y = draw(500, 2)
-    own = state["args"]["classes"][0]
-    args = binary_at_ebm.parse_args(["--smoke"])
-    args.ood_images, args.ood_steps, args.ood_eps = 40, 5, 6.0
-    for name in ("noise", "rest"):
-        row = binary_at_ebm.detect(name, f, x[y == own], x[y != own], args)
-        assert row["n"] == 40 and 0.5 < row["auroc"] and row["auroc_worst"] <= row["auroc"]
-    assert row["auroc_worst"] < row["auroc"] - 0.02
-    args.ood_eps = 0.0
-    row = binary_at_ebm.detect("rest", f, x[y == own], x[y != own], args)
-    assert row["auroc_worst"] == row["auroc"] and row["seen_in_p0"]
-
-
-def test_auroc_is_of_the_logit_of_the_data_against_the_set(tmp_path):
-    """Against the attack by hand: eps ball, step 2.5 eps / steps, five starts, best logit kept."""
-    f, x = small(), draw(60, 0)[0]
-    args = binary_at_ebm.parse_args(["--smoke"])
-    args.ood_images, args.ood_steps, args.ood_eps = 20, 3, 0.5
+def test_auroc_is_of_the_logit_of_the_data_against_the_set(monkeypatch):
+    """The attack's best of five starts in the ball, in `steps` steps of 2.5 eps / steps: not below the images' own."""
+    f, x = small(), draw(250, 1)[0]
     seen = []
+    spy(monkeypatch, "worst_case", lambda args, kwargs: seen.append((*args[2:], kwargs)))
+    torch.manual_seed(0)
+    row = binary_at_ebm.detect(f, x[:40], x[40:], images=20, steps=4, eps=2.0)
+    assert seen == [(4, 1.25, dict(eps=2.0, restarts=5))] and row["n"] == 20
+    torch.manual_seed(0)
+    x_0 = to_float(x[40:][torch.randperm(210)[:20]])
+    f_data, f_x, f_by_hand = scores(f, x[:40]), scores(f, x_0), scores(f, ascend(logit(f), x_0, 4, 1.25, eps=2.0))
+    assert binary_at_ebm.energies(f, x_0)[2] == pytest.approx(-f_x.quantile(0.5).item(), abs=1e-5)
+    assert row["auroc"] == pytest.approx(auc(f_data, f_x).item(), abs=1e-9)
+    assert row["auroc_worst"] <= auc(f_data, f_by_hand).item() + 1e-9 < row["auroc"] - 0.05
+    row = binary_at_ebm.detect(f, x[:40], x[40:50], steps=1, eps=0.0)
+    assert row["auroc_worst"] == row["auroc"] and row["n"] == 10
 
-    def spy(score, x, steps, step_size, *, eps, restarts):
-        seen.append((steps, step_size, eps, restarts, score.args[1]))
-        return x, score(x).detach() + 0.25
-    before, binary_at_ebm.worst_case = binary_at_ebm.worst_case, spy
-    try:
-        row = binary_at_ebm.detect(str(tmp_path / "set.npy"), f, x[:40], x[40:], args)
-    finally:
-        binary_at_ebm.worst_case = before
-    f_data, f_set = logits(f, x[:40]), logits(f, x[40:])
-    assert row["auroc"] == pytest.approx(auc(f_data, f_set).item(), abs=1e-3)
-    assert row["auroc_worst"] == pytest.approx(auc(f_data, f_set + 0.25).item(), abs=1e-3)
-    assert seen == [(3, 2.5 * 0.5 / 3, 0.5, 5, 1)] and row["n"] == 20 and not row["seen_in_p0"]
 
-
-def test_load_set(tmp_path, monkeypatch):
+def test_sets(tmp_path, monkeypatch):
     args, rest = binary_at_ebm.parse_args(["--data", str(tmp_path)]), torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    load = lambda name, train=False: binary_at_ebm.load_set(name, args, rest, train)  # noqa: E731
-    assert torch.equal(load("rest"), rest)
-    with pytest.raises(ValueError):
-        binary_at_ebm.load_set("rest", args, rest[:0])
-    noise = load("noise")
-    assert noise.dtype == torch.uint8 and noise[:99].unique().numel() == 256
-    assert abs(noise[:999].float().mean() - 127.5) < 0.2
-    assert torch.equal(noise, load("noise")) and not torch.equal(noise, load("noise", train=True))
-    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    np.save(tmp_path / "a.npy", images)
-    assert torch.equal(load(str(tmp_path / "a.npy")), torch.from_numpy(images).permute(0, 3, 1, 2))
-    for wrong in (images / 255, images.transpose(0, 3, 1, 2), images[0], images[:0], images.astype(object)):
-        np.save(tmp_path / "b.npy", wrong, allow_pickle=True)
-        with pytest.raises(ValueError):
-            load(str(tmp_path / "b.npy"))
-    asked = []
-
-    class Data:
-        def __init__(self, root, split, download):
-            asked.append((root, split, download))
-            self.data = images if split in (True, False) else images.transpose(0, 3, 1, 2)
-    monkeypatch.setattr(binary_at_ebm.torchvision.datasets, "CIFAR100", Data)
-    monkeypatch.setattr(binary_at_ebm.torchvision.datasets, "SVHN", Data)
-    for name in ("cifar100", "svhn"):
-        assert torch.equal(load(name), load(str(tmp_path / "a.npy"))) and load(name, train=True).shape == (4, 3, 32, 32)
-    assert asked == [(str(tmp_path), s, True) for s in (False, True, "test", "train")]
+    assert binary_at_ebm.load_set("rest", args, rest) is rest
+    noise, other = (binary_at_ebm.load_set("noise", args, rest, train=train) for train in (False, True))
+    assert len(noise) == 10000 and noise[:99].unique().numel() == 256 and not torch.equal(noise, other[:10000])
+    assert torch.equal(noise, binary_at_ebm.load_set("noise", args, rest))
+    seen = []
+    spy(monkeypatch, "load_images", lambda args, kwargs: seen.append(args))
+    for train in (True, False):
+        with pytest.raises(OSError):
+            binary_at_ebm.load_set("no.npy", args, rest, train)
+    assert seen == [("no.npy", str(tmp_path), True), ("no.npy", str(tmp_path), False)]
 
 
-def test_defaults_of_the_two_modes(capsys):
+def test_outliers_that_are_not_to_be_had_are_skipped_and_p0_is_marked(tmp_path):
+    np.save(tmp_path / "set.npy", draw(250, 1)[0].permute(0, 2, 3, 1).numpy())
+    p_0 = tmp_path / "set.npy"
+    main(*TINY, p_0, "svhn", "no.npy", "noise", "--p0", p_0, "--ood-images", 5, "--ood-steps", 1, "--out",
+         tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["ood"]
+    assert "downloads nothing" in rows["svhn"]["skipped"] and "no.npy" in rows["no.npy"]["skipped"]
+    assert rows[str(p_0)]["seen_in_p0"] and not rows["noise"]["seen_in_p0"] and rows["noise"]["n"] == 5
+
+
+# ---------------------------------------------------------------- settings and training
+
+
+def test_defaults_of_the_two_modes_and_of_the_functions_that_are_copied():
     """The official code's, as METHODS has them."""
     names = ("lr", "batch_size", "attack_steps", "attack_eps", "positive_steps", "positive_eps", "epochs")
     generation, ood = (vars(binary_at_ebm.parse_args(["--mode", mode])) for mode in ("generation", "ood"))
-    assert [generation[k] for k in names] == [5e-4, 32, None, math.inf, 5, math.inf, 200]
+    assert [generation[k] for k in names] == [5e-4, 32, 25, math.inf, 5, math.inf, 200]
     assert [ood[k] for k in names] == [0.1, 128, 20, 0.5, 10, 0.25, 100]
-    assert [generation[k] for k in ("max_steps", "auc_threshold", "auc_window", "epochs_per_step", "sample_steps",
-                                    "sample_step_size", "attack_step_size")] == [25, 0.8, 100, 5, 32, 0.2, 0.1]
-    assert [ood[k] for k in ("ood_images", "ood_eps", "ood_steps")] == [1024, 1.0, 100]
+    assert [generation[k] for k in ("arch", "norm", "attack_step_size", "auc_threshold", "auc_window",
+                                    "epochs_per_step", "sample_steps", "sample_step_size", "sample_eps", "p0",
+                                    "classes", "ood_images", "ood_steps", "ood_sets")] == [
+        "resnet50", "l2", 0.1, 0.8, 100, 5, 32, 0.2, math.inf, "cifar100", list(range(10)), 1024, 100,
+        ["svhn", "cifar100", "noise"]]
     assert binary_at_ebm.parse_args(["--mode", "ood", "--lr", "0.3"]).lr == 0.3
-    with pytest.raises(SystemExit):
-        binary_at_ebm.main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "(0.0005, 0.1)" in shown and "the gate's last K" in shown
-
-
-def test_defaults_of_the_functions_that_are_copied():
-    assert gate.__defaults__ == (25, 0.8, 100, 5 * 1563)  # 1563 batches of 32 are an epoch
+    assert vars(Gate()).items() >= dict(K=0, last=25, threshold=0.8, window=100, most=5 * 1563).items()
     assert adversaries.__defaults__ == (25, 5, 0.1, 0.1, math.inf, math.inf, "l2")
-    assert at_ebm_loss.__defaults__ == (0.01,)
-
-
-def optimizers(monkeypatch):
-    """What the optimisers and the loss are called with, as they are called."""
-    seen = []
-    for name in ("Adam", "SGD"):
-        kind = getattr(torch.optim, name)
-        monkeypatch.setattr(torch.optim, name, lambda p, lr, kind=kind, **k: (
-            seen.append((kind.__name__, lr, k)), kind(p, lr, **k))[1])
-    monkeypatch.setattr(binary_at_ebm, "at_ebm_loss", lambda f, x_pos, x_neg, r1: (
-        seen.append(r1), at_ebm_loss(f, x_pos, x_neg, r1))[1])
-    return seen
+    assert binary_at_ebm.detect.__defaults__ == (1024, 100, 1.0)
 
 
 def test_mode_generation_is_adam_and_r1_mode_ood_nesterov_without(tmp_path, monkeypatch):
-    seen = optimizers(monkeypatch)
-    binary_at_ebm.main([*TINY, "--out", str(tmp_path / "a"), "--epochs", "1"])
-    assert seen[0] == ("Adam", 2e-3, {"betas": (0.0, 0.99)}) and set(seen[1:]) == {0.01}
+    seen = []
+    spy(monkeypatch, "Adam", lambda args, kwargs: seen.append(("Adam", args[1], kwargs)), torch.optim)
+    spy(monkeypatch, "SGD", lambda args, kwargs: seen.append(("SGD", args[1], kwargs)), torch.optim)
+    spy(monkeypatch, "at_ebm_loss", lambda args, kwargs: seen.append(args[3]))
+    spy(monkeypatch, "adversaries", lambda args, kwargs: seen.append(dict(K=args[3], **kwargs)))
+    main(*TINY, "--out", tmp_path / "a", "--lr", 3e-4)
+    assert seen[0] == ("Adam", 3e-4, {"betas": (0.0, 0.99)})
+    assert seen[2] == 0.01 and seen[1]["K"] == 0 and seen[1]["eps"] == math.inf
     seen.clear()
-    called = []
-    monkeypatch.setattr(binary_at_ebm, "adversaries", lambda *a: (called.append(a[3:]), adversaries(*a))[1])
-    binary_at_ebm.main([*TINY, "--out", str(tmp_path / "b"), "--mode", "ood", "--norm", "linf", "--attack-eps", "0.1"])
-    assert seen[0] == ("SGD", 0.05, {"momentum": 0.9, "nesterov": True}) and set(seen[1:]) == {0.0}
-    assert set(called) == {(5, 1, 0.5, 0.5, 0.1, 0.5, "linf")}  # K is fixed
+    main(*TINY, "--out", tmp_path / "b", "--mode", "ood", "--norm", "linf", "--attack-eps", 0.1, "--positive-eps", 0.3,
+         "--attack-steps", 3, "--positive-steps", 2, "--attack-step-size", 0.2)
+    assert seen[0] == ("SGD", 0.05, {"momentum": 0.9, "nesterov": True})
+    assert seen[1] == dict(K=3, J=2, step=0.2, step_pos=0.2, eps=0.1, eps_pos=0.3, norm="linf") and seen[2] == 0.0
 
 
-def test_every_iteration_uses_the_stage_and_its_own_images(tmp_path, monkeypatch):
-    """K of the gate; bfloat16 in the attacks only; both sides cropped; data and p_0 from their own sets."""
-    seen, x, y = [], *draw(100, 0)
-    y[:] = torch.arange(100) % 10
-    x[:] = (20 * y).to(torch.uint8).view(-1, 1, 1, 1)  # a class is known by its gray
-    monkeypatch.setattr(binary_at_ebm, "load_data", lambda args, device: [x, y, x, y])
-    monkeypatch.setattr(binary_at_ebm, "crop_flip", lambda x: (seen.append("crop"), x)[1])
+def test_every_iteration_uses_the_gates_k_and_its_own_images(tmp_path, monkeypatch):
+    """Both sides cropped; data and p_0 from their own sets; bfloat16 in the attacks only; K + J + 2 forwards, none more
+    (METHODS section 6); K stops at --attack-steps."""
+    y = torch.arange(100) % 10
+    x = (20 * y).to(torch.uint8).view(-1, 1, 1, 1).expand(100, 3, 32, 32).contiguous()  # a class is known by its gray
+    monkeypatch.setattr(binary_at_ebm, "load_data", lambda args: [x, y, x, y])
+    seen, forwards, x_0s, parse_args = [], [], [], binary_at_ebm.parse_args
 
-    def attacks(f, x, x_0, K, *rest):
-        classes = [set((255 / 20 * v.mean((1, 2, 3))).round().int().tolist()) for v in (x, x_0)]
-        seen.append((K, classes[0] == {7}, 7 not in classes[1] and len(classes[1]) > 4,
-                     torch.is_autocast_enabled("cpu")))
-        return adversaries(f, x, x_0, K, *rest)
+    def crop_nothing(x):
+        seen.append("crop")
+        return x
 
-    def loss(f, x_pos, x_neg, r1):
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return at_ebm_loss(f, x_pos, x_neg, r1)
-    monkeypatch.setattr(binary_at_ebm, "adversaries", attacks)
-    monkeypatch.setattr(binary_at_ebm, "at_ebm_loss", loss)
-    stages = []
-    monkeypatch.setattr(binary_at_ebm, "gate", lambda stage, *rest: (stages.append(stage), gate(stage, *rest))[1])
-    binary_at_ebm.main(["--arch", "small", "--classes", "7", "--p0", "rest", "--out", str(tmp_path), "--device", "cpu",
-                        "--epochs", "5", "--auc-window", "1", "--auc-threshold", "0", "--max-steps", "3", "--amp",
-                        "--num-samples", "5", "--sample-steps", "1", "--ood-sets", "--batch-size", "10",
-                        "--epochs-per-step", "1"])
-    assert seen == [v for K in (0, 1, 2, 3, 3) for v in ("crop", "crop", (K, True, True, True), False)]
-    assert stages[:4] == [{"K": K, "window": [], "iteration": 0} for K in range(4)]
+    def with_amp(argv):  # as on CUDA
+        args = parse_args(argv)
+        args.amp = True
+        return args
 
-
-# ---------------------------------------------------------------- resume
-
-
-def same_end(a, b):
-    one, two = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (a, b))
-    moments = [[v for s in c["optimizer"]["state"].values() for v in s.values()] for c in (one, two)]
-    samples = [[np.load(out / f"samples_{n}.npz")["arr_0"] for n in binary_at_ebm.SAMPLERS] for out in (a, b)]
-    results = [json.loads((out / "results.json").read_text()) for out in (a, b)]
-    return (one["epoch"] == two["epoch"] and one["stage"] == two["stage"] and torch.equal(one["rng"], two["rng"])
-            and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
-            and all(map(torch.equal, *moments)) and all(map(np.array_equal, *samples))
-            and all(results[0][k] == results[1][k] for k in ("ood", "energy")))
+    def attack(args, kwargs):
+        classes = [set((255 / 20 * v.mean((1, 2, 3))).round().int().tolist()) for v in args[1:3]]
+        x_0s.append(args[2])
+        seen.append((args[3], classes[0] == {7}, 7 not in classes[1], torch.is_autocast_enabled("cpu")))
+        forwards.clear()
+    monkeypatch.setattr(binary_at_ebm, "crop_flip", crop_nothing)
+    monkeypatch.setattr(binary_at_ebm, "parse_args", with_amp)
+    spy(monkeypatch, "forward", lambda args, kwargs: forwards.append(1), binary_at_ebm.Energy)
+    spy(monkeypatch, "adversaries", attack)
+    spy(monkeypatch, "at_ebm_loss", lambda args, kwargs: seen.append(torch.is_autocast_enabled("cpu")))
+    spy(monkeypatch, "auc", lambda args, kwargs: seen.append(len(forwards)))
+    main("--arch", "small-32", "--classes", 7, "--p0", "rest", "--out", tmp_path, "--device", "cpu", "--epochs", 5,
+         "--auc-window", 1, "--auc-threshold", 0, "--attack-steps", 3, "--positive-steps", 2, "--batch-size", 10,
+         "--epochs-per-step", 1, "--num-samples", 5, "--sample-steps", 1, "--ood-sets")
+    assert seen == [v for K in (0, 1, 2, 3, 3) for v in ("crop", "crop", (K, True, True, True), False, K + 2 + 2)]
+    assert not torch.equal(x_0s[0], x_0s[1]) and len(x_0s[0].unique()) > 4  # drawn anew, from all of p_0
 
 
-@pytest.mark.slow
-def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
-    """In the middle of a stage, whose window, iteration and K are part of the checkpoint."""
-    flags = [*TINY, "--epochs", "9", "--auc-window", "5", "--auc-threshold", "0.3", "--epochs-per-step", "3",
-             "--max-steps", "3"]
-    binary_at_ebm.main([*map(str, flags), "--out", str(tmp_path / "whole")])
-    out = tmp_path / "stopped"
-    process = subprocess.Popen([sys.executable, str(ROOT / "binary_at_ebm.py"), *flags, "--out", str(out)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL)
-    while not (out / "checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    stopped = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert stopped["epoch"] < 9 and stopped["stage"]["iteration"] > 0
-    binary_at_ebm.main([*map(str, flags), "--out", str(out)])
-    assert same_end(tmp_path / "whole", out) and not list(out.glob("*.tmp"))
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["stage"]["K"] == 3
+def test_sampling_takes_its_flags_and_starts_from_p0_each_before_any_again(tmp_path, monkeypatch):
+    seen = []
+    spy(monkeypatch, "ascend", lambda args, kwargs: seen.append((args[2:], kwargs)))
+    main(*TINY, "--out", tmp_path, "--sample-steps", 3, "--sample-step-size", 0.3, "--sample-eps", 0.7, "--sample-norm",
+         "linf", "--sample-noise", 0.01)
+    assert seen[-1] == ((3, 0.3), dict(eps=0.7, norm="linf", noise=0.01))
+    main(*TINY, "--out", tmp_path, "--sample-steps", 0, "--num-samples", 600, "--sampler", "ascent")  # trained already
+    images = [v.numpy().tobytes() for v in pixels(tmp_path / "samples_ascent.npz")]
+    x, y = draw(320, 0)
+    rest = [v.numpy().tobytes() for v in x[y != 7]]
+    assert set(images[:288]) == set(images) == set(rest) and len(rest) == 288
+    assert images[:288] != rest  # in random order
 
 
 @pytest.mark.slow
-def test_what_is_done_is_not_done_again(tmp_path, capsys, monkeypatch):
-    def main(*flags):
-        capsys.readouterr()
-        binary_at_ebm.main([*TINY, "--out", str(tmp_path), *flags])
-
-    def stamps():
-        return {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*") if p.suffix in (".pt", ".npz")}
-    main("--epochs", "1")
-    first, row = stamps(), json.loads((tmp_path / "results.json").read_text())["ood"]
-    main("--epochs", "1")
-    out = capsys.readouterr().out
-    assert stamps() == first and out.count("already in") == 4 and "svhn: skipped" in out  # a skipped set is tried again
-    assert json.loads((tmp_path / "results.json").read_text())["ood"] == row
-    main("--epochs", "1", "--translate-from", "9", "--ood-steps", "5")  # change no training
-    changed = {name for name, stamp in stamps().items() if stamp != first[name]}
-    assert changed == {"samples_translation.npz"}
-    measured = json.loads((tmp_path / "results.json").read_text())["ood"]["rest"]
-    assert measured != row["rest"]
-    monkeypatch.setattr(binary_at_ebm, "load_set", lambda name, args, rest, train=False: rest if train else 1 / 0)
-    main("--epochs", "1", "--ood-steps", "5")
-    assert "rest: skipped" in capsys.readouterr().out  # what was measured stays
-    assert json.loads((tmp_path / "results.json").read_text())["ood"]["rest"] == measured
-    monkeypatch.undo()
-    main("--epochs", "2")  # may grow
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["epoch"] == 2 and state["stage"]["iteration"] == 4  # two updates an epoch: the stage goes on
-    binary_at_ebm.main(["--eval-only", "--out", str(tmp_path), "--device", "cpu", "--num-samples", "7", "--ood-sets",
-                        "noise", "--ood-images", "10", "--ood-steps", "1", "--translate-from", "3"])
-    assert np.load(tmp_path / "samples_translation.npz")["arr_0"].shape == (7, 32, 32, 3)
+def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    """In the middle of a stage: the gate's window, iteration and K are part of the checkpoint."""
+    flags = [*TINY[:-1], "--ood-sets", "noise", "--ood-images", 5, "--ood-steps", 1, "--auc-window", 3,
+             "--auc-threshold", 0, "--attack-steps", 2]
+    main(*flags, "--epochs", 6, "--out", tmp_path / "whole")
+    main(*flags, "--epochs", 4, "--out", tmp_path / "parts")
+    stopped = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["gate"]
+    assert stopped["K"] == stopped["iteration"] == len(stopped["areas"]) == 1
+    torch.manual_seed(5)
+    main(*flags, "--epochs", 6, "--out", tmp_path / "parts")
+    one, two = (torch.load(tmp_path / out / "checkpoint.pt", weights_only=True) for out in ("whole", "parts"))
+    assert one["gate"] == two["gate"] and one["gate"]["K"] == 2 and torch.equal(one["rng"], two["rng"])
+    assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
+    whole, parts = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "parts"))
+    assert all(whole[k] == parts[k] for k in ("K", "energy", "ood", "samples"))
+    for name in ("ascent", "translation"):
+        assert torch.equal(*(pixels(tmp_path / out / f"samples_{name}.npz") for out in ("whole", "parts")))
 
 
-def test_sampling_takes_its_flags_and_p0_is_of_the_train_split(tmp_path, monkeypatch):
-    calls, sets, x_0s = [], [], []
-    ascend, load_set, adversaries = binary_at_ebm.ascend, binary_at_ebm.load_set, binary_at_ebm.adversaries
-
-    def record_attack(f, x, x_0, *numbers):
-        x_0s.append(x_0)
-        return adversaries(f, x, x_0, *numbers)
-    monkeypatch.setattr(binary_at_ebm, "ascend", lambda *a, **kw: calls.append((a[2:], kw)) or ascend(*a, **kw))
-    monkeypatch.setattr(binary_at_ebm, "load_set", lambda *a, **kw: sets.append((a[0], kw)) or load_set(*a, **kw))
-    monkeypatch.setattr(binary_at_ebm, "adversaries", record_attack)
-    binary_at_ebm.main([*TINY, "--out", str(tmp_path), "--epochs", "1", "--sampler", "ascent", "--p0", "noise",
-                        "--ood-sets", "rest", "--sample-steps", "3", "--sample-step-size", "0.3", "--sample-eps", "0.7",
-                        "--sample-norm", "linf", "--sample-noise", "0.01"])
-    assert ((3, 0.3), dict(eps=0.7, norm="linf", noise=0.01)) in calls
-    assert sets == [("noise", {"train": True}), ("rest", {})]
-    assert len(x_0s) > 1 and not torch.equal(x_0s[0], x_0s[1])  # drawn anew at each iteration
-
-
-def test_starts_are_p0s_images_each_before_any_again(tmp_path):
-    binary_at_ebm.main([*TINY, "--out", str(tmp_path), "--epochs", "1", "--sample-steps", "0", "--num-samples", "600",
-                        "--sampler", "ascent", "--ood-sets"])
-    images = np.load(tmp_path / "samples_ascent.npz")["arr_0"].reshape(600, -1)
-    x, y = draw(2000, 0)
-    rest = {v.permute(1, 2, 0).numpy().tobytes() for v in x[:640][y[:640] != 2]}
-    assert len(rest) == 576 and {v.tobytes() for v in images} == rest
-    label = {v.permute(1, 2, 0).numpy().tobytes(): int(c) for v, c in zip(x[:640], y[:640])}
-    assert {label[v.tobytes()] for v in images[:60]} == set(range(10)) - {2}  # in random order
-
-
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- bad input, real data, CUDA
 
 
 error = partial(conftest.error, binary_at_ebm)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--mode", "both"], "both"), (["--max-step", "3"], "--max-step"), (["--positive-steps", "-1"], "must be >= 0"),
-    (["--auc-threshold", "nan"], "must be"), (["--ood-images", "0"], "must be > 0"),
-    (["--attack-eps", "nan"], "must be >= 0"), (["--batch-size", "0"], "must be > 0"),
-    (["--classes", "10"], "10"), (["--translate-from", "2"], "--classes without"),
-    (["--classes", *"0123456789", "--translate-from", "1"], "--classes without"), (["--norm", "none"], "none"),
-    (["--p0", "cifar100"], "downloads nothing"), (["--p0", "nowhere.npy"], "nowhere.npy"),
-    (["--start", "class"], "class"), (["--limit-train", "2"], "larger --limit-train"),
-    (["--limit-test", "2"], "larger"), (["--sampler", "cs"], "cs")])
+    (["--mode", "both"], "both"), (["--attack-step", "3"], "--attack-step"), (["--positive-steps", "-1"], "-1"),
+    (["--auc-threshold", "nan"], "nan"), (["--ood-images", "0"], "0 is not in 1"), (["--attack-eps", "nan"], "nan"),
+    (["--auc-window", "0"], "0 is not in 1"), (["--epochs-per-step", "0"], "0 is not in 1"), (["--lr", "inf"], "inf"),
+    (["--classes", "10"], "10"), (["--translate-from", "-1"], "-1"), (["--translate-from", "7"], "one of --classes"),
+    (["--classes", *"012456789", "--p0", "rest", "--translate-from", "2"], "one of --classes"),
+    (["--norm", "none"], "none"), (["--p0", "cifar100"], "downloads nothing"), (["--p0", "nowhere.npy"], "nowhere.npy"),
+    (["--limit", "3"], "--limit leaves no"), (["--sampler", "cs"], "cs")])
 def test_wrong_flags(flags, words, capsys, tmp_path):
     assert words in error(capsys, "--smoke", "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_all_classes_leave_no_rest_and_no_source(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(binary_at_ebm.SMOKE, "classes", None)
-    monkeypatch.setitem(binary_at_ebm.SMOKE, "translate_from", None)
-    assert "--translate-from" in error(capsys, "--smoke", "--out", tmp_path / "out", "--sampler", "translation")
-    binary_at_ebm.parse_args(["--smoke", "--sampler", "ascent", "translation"])
-    assert "no --translate-from: no translation" in capsys.readouterr().out
-    assert "--p0 rest: no images" in error(capsys, "--smoke", "--out", tmp_path / "out")
+def test_all_classes_leave_no_rest_and_no_translation(capsys, tmp_path, monkeypatch):
+    x, y = draw(250, 1)
+    monkeypatch.setattr(binary_at_ebm, "load_data", lambda args: [x, y, x, y])
+    assert "leave no others" in error(capsys, "--p0", "rest", "--out", tmp_path / "out")
+    assert "needs --translate-from" in error(capsys, "--sampler", "translation", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    main("--classes", 2, "--p0", "rest", "--out", tmp_path, "--arch", "small-32", "--epochs", 1, "--num-samples", 4,
+         "--sample-steps", 1, "--ood-sets", "--device", "cpu")
+    assert set(json.loads((tmp_path / "results.json").read_text())["samples"]) == {"ascent"}
 
 
-def test_no_network(tmp_path, monkeypatch, capsys):
-    """Neither data nor p_0: one line, exit code 2. No set of outliers: skipped, with the reason in results.json."""
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setattr("urllib.request._opener", None)  # it would keep the proxies of an earlier test
-    out = tmp_path / "out"
-    line = error(capsys, "--data", tmp_path / "data", "--out", out)
-    assert "--data" in line and "--smoke" in line and not out.exists()
-    flags = [*TINY[1:], "--arch", "small", "--data", str(tmp_path), "--out", str(out), "--classes", "2"]
-    monkeypatch.setattr(binary_at_ebm, "load_data", lambda args, device: [*draw(200, 0), *draw(100, 1)])  # as real ones
-    assert "--p0 cifar100" in error(capsys, *flags) and not out.exists()
-    binary_at_ebm.main([*flags, "--p0", "rest", "--attack-steps", "1", "--ood-sets", "svhn", "cifar100", "no.npy",
-                        "noise"])
-    rows, said = json.loads((out / "results.json").read_text())["ood"], capsys.readouterr().out
-    assert all(rows[name]["skipped"] and f"{name}: skipped" in said for name in ("svhn", "cifar100", "no.npy"))
-    assert rows["noise"]["auroc_worst"] <= rows["noise"]["auroc"]
-
-
-def test_unusable_out(tmp_path, capsys):
-    out = tmp_path / "run"
-    binary_at_ebm.main([*TINY, "--out", str(out), "--ood-sets", "--sampler", "ascent"])
-    message = error(capsys, *TINY, "--out", out, "--classes", 3, "--attack-steps", 0)
-    assert "classes was [2], is [3]" in message and "attack_steps was None, is 0" in message
-    assert "2 epochs" in error(capsys, *TINY, "--out", out, "--epochs", 1)
-    (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:1000])
-    assert "damaged or foreign" in error(capsys, *TINY, "--out", out)
-    assert "--eval-only: no" in error(capsys, "--eval-only", "--out", tmp_path / "nothing")
-    (tmp_path / "file").write_text("")
-    error(capsys, *TINY, "--out", tmp_path / "file" / "below")
-
-
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
-    flags = [*TINY, "--out", str(tmp_path), "--ood-sets", "--sampler", "ascent"]
-    binary_at_ebm.main(flags)
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    main(*TINY, "--out", tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    for factor in (float("nan"), 1e9):
-        monkeypatch.setattr(binary_at_ebm, "at_ebm_loss", lambda f, x_pos, x_neg, r1: (
-            factor * (f(x_pos) * 0 + 1).sum(), torch.ones(2), torch.ones(2)))
-        assert "diverged" in error(capsys, *flags, "--epochs", 3, code=1)
-        assert (tmp_path / "checkpoint.pt").read_bytes() == before
-
-
-# ---------------------------------------------------------------- real data, CUDA
+    monkeypatch.setattr(binary_at_ebm, "r1_penalty", lambda logits, x: math.nan * logits.sum())
+    assert "diverged" in error(capsys, *TINY, "--out", tmp_path, "--epochs", 2)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.data
 def test_real_data(tmp_path):
     """Cats against the rest, dogs turned into cats."""
-    run_script("binary_at_ebm", "--data", os.environ["CIFAR10_ROOT"], "--out", tmp_path, "--arch", "small", "--device",
-               "cpu", "--classes", 3, "--p0", "rest", "--translate-from", 5, "--limit-train", 1000, "--limit-test", 200,
-               "--epochs", 8, "--epochs-per-step", 4, "--max-steps", 2, "--num-samples", 10, "--sample-steps", 3,
-               "--lr", 1e-3, "--ood-images", 16, "--ood-steps", 2, "--ood-sets", "noise", "rest")
-    epochs = epochs_of(tmp_path)
+    run_script("binary_at_ebm", "--data", os.environ["CIFAR10_ROOT"], "--out", tmp_path, "--small", "--device", "cpu",
+               "--classes", 3, "--translate-from", 5, "--limit", 1000, "--epochs", 8, "--epochs-per-step", 4,
+               "--attack-steps", 2, "--num-samples", 10, "--sample-steps", 3, "--ood-images", 16, "--ood-steps", 2)
+    epochs = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert epochs[-1]["loss"] < 0.7 and epochs[-1]["K"] >= 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert all(row["auroc_worst"] <= row["auroc"] for row in results["ood"].values())
-    samples = results["samples"]
-    assert "--inception-weights" in samples["ascent"]["reason"] and samples["translation"]["n"] == 10
+    assert results["samples"]["translation"]["n"] == 10
 
 
 @pytest.mark.cuda
@@ -675,25 +514,21 @@ def test_smoke_on_cuda(tmp_path):
 
 
 @pytest.mark.cuda
-def test_training_does_not_synchronise_but_for_the_gate():
+def test_attacks_and_updates_wait_for_nothing():
     f = small().cuda().to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(f.parameters(), 1e-4, betas=(0.0, 0.99))
     x, x_0 = torch.rand(2, 32, 3, 32, 32, device="cuda")
-    for i in range(3):
-        torch.cuda.set_sync_debug_mode("error" if i else "default")
-        try:
-            with torch.autocast("cuda", torch.bfloat16):
-                x_pos, x_neg = adversaries(f, x, binary_at_ebm.crop_flip(x_0), 3, 2)
-            loss, f_pos, f_neg = at_ebm_loss(f, x_pos, x_neg)
-            assert f_pos.dtype == torch.float32
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            auc(f_pos, f_neg)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    loss, *_ = at_ebm_loss(f, x, x_0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, f_pos, _ = at_ebm_loss(f, x, binary_at_ebm.crop_flip(x_0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-if __name__ == "__main__":  # PYTHONPATH=. python tests/test_binary_at_ebm.py RUN CONTROL: the figures of README's table
+if __name__ == "__main__":  # PYTHONPATH=. python tests/test_binary_at_ebm.py RUN TWIN: the figures of README's table
     judge = train_judge()
     print(json.dumps({out: learning(judge, out) for out in sys.argv[1:]}, indent=1))
