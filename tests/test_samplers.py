@@ -584,7 +584,7 @@ def test_crop_flip_gives_crops_of_the_padded_image(mode):
     padded = F.pad(x, (4,) * 4, mode=mode)[0]
     where = [(i, j, flip) for i in range(9) for j in range(9) for flip in (0, 1)]
     crops = [padded[:, i:i + 8, j:j + 8].flip(2) if flip else padded[:, i:i + 8, j:j + 8] for i, j, flip in where]
-    found = (crop_flip(x.expand(1200, 3, 8, 8), mode=mode)[:, None] == torch.stack(crops)).flatten(2).all(2)  # [1200, 162]
+    found = (crop_flip(x.expand(1200, 3, 8, 8), mode=mode)[:, None] == torch.stack(crops)).flatten(2).all(2)
     assert found.any(1).all()
     if mode == "constant":  # (a reflected window can equal the flip of another)
         seen = np.array([where[row.nonzero()[0]] for row in found]).T  # each uniform, independent of the others
