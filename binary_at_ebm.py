@@ -385,7 +385,8 @@ def draw(n, seed):
     random, images = np.random.default_rng(seed), []
     for i in range(n):
         light, dark = random.integers(128, 256, 3), random.integers(0, 100, 3)
-        paper, ink = random.permutation([light, dark]).tolist()  # else single pixels would do
+        # light on dark or dark on light, so that no single pixel tells the digits apart
+        paper, ink = random.permutation([light, dark]).tolist()
         image = Image.new("RGB", (32, 32), tuple(paper))
         font, centre = ImageFont.load_default(random.integers(24, 34)), random.integers(12, 21, 2)
         ImageDraw.Draw(image).text(tuple(centre.tolist()), str(i % 10), tuple(ink), font,
@@ -397,15 +398,18 @@ def draw(n, seed):
 def load_data(args):
     """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32] and int64 [N]."""
     if args.smoke:
-        sets = [draw(2000, seed=0), draw(250, seed=1)]
+        tensors = [*draw(2000, seed=0), *draw(250, seed=1)]
     else:
-        try:
-            sets = [CIFAR10(args.data, train, download=True) for train in (True, False)]
-        except Exception as e:  # no network, a damaged archive: torchvision raises a dozen kinds
-            raise OSError(f"no whole cifar-10-batches-py in --data {args.data}, and no download "
-                          f"({e}); --smoke needs no data") from e
-        sets = [(torch.tensor(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets]
-    return [t[:args.limit].contiguous().to(args.device) for xy in sets for t in xy]
+        tensors = []
+        for train in (True, False):
+            try:
+                images = CIFAR10(args.data, train, download=True)
+            except Exception as e:  # no network, a damaged file: torchvision raises a dozen kinds
+                raise OSError(f"no whole cifar-10-batches-py in --data {args.data}, and no "
+                              f"download ({e}); --smoke needs no data") from e
+            tensors.append(torch.tensor(images.data).permute(0, 3, 1, 2))
+            tensors.append(torch.tensor(images.targets))
+    return [t[:args.limit].contiguous().to(args.device) for t in tensors]
 
 
 def progress(batches, what):
@@ -425,7 +429,7 @@ def progress(batches, what):
 def log(args, **figures):
     """Print an epoch's figures, and add them to log.jsonl. ValueError: one is not finite."""
     if not all(math.isfinite(value) for value in figures.values()):
-        raise ValueError(f"training diverged: {figures}; {args.out} keeps the checkpoint before")
+        raise ValueError(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
     with open(f"{args.out}/log.jsonl", "a") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures}) + "\n")
@@ -435,7 +439,7 @@ def save_checkpoint(args, epoch, **parts):
     """Replace --out's checkpoint by the state of the parts, unless the model has diverged."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise ValueError(f"training diverged; {args.out} keeps the checkpoint before")
+        raise ValueError(f"training diverged; {args.out} keeps its last checkpoint")
     state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, training_flags(args)
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state() if args.device == "cuda" else None
@@ -452,27 +456,28 @@ def resume(args, **parts):
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, mine = state["flags"], training_flags(args)
+        done, planned, theirs = state["epoch"], state["epochs"], state["flags"]
     except Exception as e:  # torch.load raises a dozen kinds
         raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
+    mine = training_flags(args)
     other = [f"{flag} was {theirs.get(flag)}, is {mine.get(flag)}" for flag in {**theirs, **mine}
              if theirs.get(flag) != mine.get(flag)]
     if other:
         raise ValueError(f"{path} is of another training ({', '.join(other)}): name another --out")
-    if args.epochs < state["epoch"]:
-        raise ValueError(f"{path} is {state['epoch']} epochs old: --epochs can only grow")
-    if args.epochs != state["epochs"]:
-        print(f"--epochs was {state['epochs']}: a schedule that depends on it goes on differently")
+    if args.epochs < done:
+        raise ValueError(f"{path}: {done} epochs are done, --epochs cannot be fewer")
+    if args.epochs != planned:
+        print(f"--epochs was {planned}: from here on the schedule is that of {args.epochs}")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
+        if args.device == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
     except (KeyError, RuntimeError) as e:
         raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
-    if args.device == "cuda" and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    print(f"{args.out}: {state['epoch']} of {args.epochs} epochs are done")
-    return state["epoch"]
+    print(f"{args.out}: {done} of {args.epochs} epochs are done")
+    return done
 
 
 def training_flags(args):
@@ -483,15 +488,19 @@ def scored(args, samples):
     """The rows {name: dict} of samples with IS and FID, or with null and the reason."""
     files = [f"{args.out}/samples_{name}.npz" for name in samples]
     scores = [{"is_mean": None, "is_std": None, "fid": None}] * len(files)
-    reason = "only of CIFAR-10, on CUDA" if args.smoke or args.device == "cpu" else None
-    if reason is None:
+    reason = None
+    if args.smoke:
+        reason = "IS and FID are not for digits"
+    elif args.device == "cpu":
+        reason = f"hours on a CPU: python metrics.py {' '.join(files)} --data {args.data}"
+    else:
         try:
             import metrics
             scores = metrics.score(files, args.data, device=args.device)
         except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights; out of memory
             reason = " ".join(str(e).split())
     if reason is not None:
-        print(f"no IS and FID ({reason}); later: python metrics.py {' '.join(files)}")
+        print(f"no IS and FID ({reason})")
     return {name: {**samples[name], **row, "reason": reason} for name, row in zip(samples, scores)}
 
 
@@ -501,7 +510,7 @@ def in_range(kind, low, high=math.inf):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in {low} ... {high}")
         return kind(text)
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # for argparse: "invalid int value"
     return parse
 
 
@@ -513,17 +522,20 @@ fraction = in_range(float, 0, 1)
 
 
 def read_flags(training, running, argv, presets):
-    """The arguments. presets: (flags, other defaults that they bring together), ..."""
+    """The arguments. presets: pairs (flags, defaults); where all the flags are as given there, the
+    defaults take the place of the parser's. Later pairs win over earlier ones."""
     parser = argparse.ArgumentParser(description=__doc__, parents=[training, running],
                                      formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = stop
     given = vars(parser.parse_args(argv))
+    if given["smoke"] and given["small"]:
+        parser.error("--smoke or --small, not both")
     for flags, defaults in presets:
         if all(given[flag] == value for flag, value in flags.items()):
             parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
     args.amp = args.amp and args.device == "cuda"
-    args.training = list(vars(training.parse_args([])))
+    args.training = list(vars(training.parse_args([])))  # the names: a checkpoint belongs to these
     return args
 
 
@@ -542,7 +554,7 @@ def main(argv=None):
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.backends.cudnn.benchmark = True
     socket.setdefaulttimeout(10)  # a silent download ends
-    if args.out == f"runs/{Path(__file__).stem}-smoke":  # begun afresh each time
+    if args.smoke and args.out == f"runs/{Path(__file__).stem}-smoke":  # begun afresh each time
         shutil.rmtree(args.out, ignore_errors=True)
     try:
         figures = run(args)
@@ -554,11 +566,14 @@ def main(argv=None):
         text = json.dumps(results, indent=2, allow_nan=False)
         Path(args.out, "results.json").write_text(text)
     except KeyboardInterrupt:
-        stop("interrupted; the same command goes on after the last epoch", code=130)
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        stop(f"out of memory: a smaller --batch-size or --sample-batch-size? ({e})")
+        stop("interrupted; with an --out, the same command resumes after the last epoch", code=130)
     except (OSError, ValueError) as e:
         stop(e)
+    except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors
+        words = "out of memory", "allocate memory"
+        if isinstance(e, RuntimeError) and not any(word in str(e) for word in words):
+            raise
+        stop(f"out of memory: try a smaller --batch-size or --sample-batch-size ({e})")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ Wang, Wang, Yang, Lin: A Unified Contrastive Energy-based Model for Understandin
 Ability of Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, f the classifier's logits.
 
   training  min_theta E max_{|x_hat - x| <= eps} CE(x_hat, y)             adversarial training (AT)
-  inner     x_hat += a [ grad log sum_k exp f(x_hat, k) - grad f(x_hat, y) ]      Langevin, biased
-  outer     grad E log p(x, y) = E [ grad f(x, y) - grad f(x_hat, y) ]      consistency: not in AT
-                               + E [ grad f(x_hat, y) - grad f(x_hat, y_hat) ]   contrastive: AT's
+  inner     x_hat += a grad_x [ log sum_k exp f(x_hat, k) - f(x_hat, y) ]: Langevin's step on
+            log p(x), biased by the last term
+  outer     grad_theta E log p(x, y) = E grad_theta [ f(x, y) - f(x_hat, y) ]         consistency
+                                     + E grad_theta [ f(x_hat, y) - f(x_hat, y_hat) ] contrastive
+            with y_hat ~ p(y|x_hat) the second is -grad_theta CE(x_hat, y): AT descends it alone
   sampling  ascend log p(y|x) (TA), log p(x) (Langevin), log p(x|y) (CS), f_y + LSE f (RCS)
 
   python cem_sup.py                       the paper's run: CIFAR-10 (downloaded), ResNet-50
@@ -15,10 +17,12 @@ Ability of Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, f the cla
   python cem_sup.py --attack-steps 0 --out runs/twin             the control: no attack
 
 Writes checkpoint.pt, log.jsonl, samples_{ta,langevin,cs,rcs}.{png,npz} and results.json to --out.
-The same command goes on after the last epoch; once trained, it samples, with other sampling flags
-too. Sources of the defaults: [paper] the slides; [robustness] MadryLab/robustness, on which the
-paper builds; [Santurkar] Santurkar et al., NeurIPS 2019, code; [memory] of the paper: TA, CS, RCS;
-[assumed] our reading.
+The same command resumes after the last finished epoch; a finished run samples again, with other
+sampling flags too.
+
+Sources of the defaults: [paper] the slides; [robustness] MadryLab/robustness, on which the paper
+builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019, and their released net; [assumed]
+our reading; [ours] in none of them. The scores of TA, CS and RCS are recalled from the paper.
 """
 import argparse
 import json
@@ -47,9 +51,9 @@ def at_loss(f, x, y, **attack):
     """max_{|x_hat - x| <= eps} CE(x_hat, y) of images x [B, 3, 32, 32] in [0, 1], labels y [B].
     attack: steps, step_size, eps, norm."""
     ce = cross_entropy(f, y)
-    with eval_mode(f):  # inner maximisation: biased Langevin on log p(x), random start in the ball
+    with eval_mode(f):  # inner: CE = LSE f - f_y is log p(x), up to a constant, and its bias
         x_hat = ascend(ce, x, random_start=True, **attack)
-    return ce(x_hat).mean()  # outer minimisation: the likelihood's contrastive term
+    return ce(x_hat).mean()  # outer: minus the likelihood's contrastive term
 
 
 SAMPLERS = {
@@ -64,7 +68,8 @@ def sample(f, sampler, start, args):
     """--num-samples images uint8 [N, 3, 32, 32], the classes in turn, their labels [N], and their
     mean l2 distance from the starts. start: a function from labels to x_0."""
     torch.manual_seed(args.seed)  # all samplers begin at the same points
-    labels, images, moved = torch.arange(args.num_samples, device=args.device) % 10, [], []
+    labels = torch.arange(args.num_samples, device=args.device) % 10
+    images, moved = [], []
     for y in progress(labels.split(args.sample_batch_size), sampler):
         x_0 = start(y)
         with eval_mode(f), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
@@ -84,13 +89,18 @@ def parse_args(argv=None):
     add("--batch-size", type=positive, default=128, help="images [robustness]")
     add("--lr", type=number, default=0.1, help="learning rate [robustness]")
     add("--schedule", default="steps", choices=("steps", "cycle"),
-        help="steps: x 0.1 at --lr-drops; cycle: from 0 up to --lr at 30 %%, down to 0 at the end")
+        help="steps: x 0.1 at --lr-drops [robustness]; cycle: from 0 up to --lr at 30 %% and down "
+             "to 0 at the end [ours]")
     add("--lr-drops", type=fraction, default=[1 / 3, 2 / 3], nargs="*",
         help="fractions of --epochs [robustness]")
-    add("--norm", default="l2", choices=("l2", "linf"), help="of ball and step [robustness]")
-    add("--attack-eps", type=number, default=0.5, help="radius, pixels in [0, 1] [Santurkar's net]")
-    add("--attack-steps", type=count, default=7, help="0: the control [Santurkar's net]")
-    add("--attack-step-size", type=number, default=0.1, help="[Santurkar's net]")
+    add("--norm", default="l2", choices=("l2", "linf"),
+        help="of ball and step [assumed: Santurkar]")
+    add("--attack-eps", type=number, default=0.5,
+        help="radius, pixels in [0, 1] [assumed: Santurkar]")
+    add("--attack-steps", type=count, default=7,
+        help="[assumed: Santurkar], as the random start; 0: no attack, the control")
+    add("--attack-step-size", type=number, default=0.1,
+        help="pixels in [0, 1] [assumed: Santurkar]")
     add("--seed", type=count, default=0, help="of weights, data order, attacks and samples")
     add("--limit", type=positive, default=50000, help="at most so many images of each set")
     add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
@@ -101,19 +111,21 @@ def parse_args(argv=None):
     add("--epochs", type=positive, default=150, help="[robustness]")
     add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
     add("--out", default="runs/cem_sup", help="folder of the run")
-    add("--device", default=DEVICES[0], choices=DEVICES)
+    add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
-    add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME")
+    add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
+        help="[paper]")
     add("--start", default="class", metavar="KIND",
-        help="class: a Gaussian of each [Santurkar]; pooled: one of all; fields: random colours; "
-             "cifar100, svhn or a .npy: images [ours, from fields on]")
+        help="class: a Gaussian of each [Santurkar]; pooled: one of all; fields: random colours "
+             "[ours]; cifar100, svhn or a .npy: images [ours]")
     add("--seed-split", default="train", choices=("train", "test"),
         help="the Gaussians' images [ours, so that no test image enters; Santurkar: test]")
     add("--num-samples", type=positive, default=50000, help="of each sampler [assumed]")
     add("--sample-steps", type=count, default=60, help="[Santurkar]")
-    add("--sample-step-size", type=number, default=0.5, help="[Santurkar]")
+    add("--sample-step-size", type=number, default=0.5, help="pixels in [0, 1] [Santurkar]")
     add("--sample-eps", type=radius, default=30.0, help="radius around the start [Santurkar]")
-    add("--sample-norm", default="l2", choices=("l2", "linf", "none"), help="none: raw gradient")
+    add("--sample-norm", default="l2", choices=("l2", "linf", "none"),
+        help="of ball and step [Santurkar]; none: the raw gradient, in an l2 ball")
     add("--sample-noise", type=number, default=0.0, help="standard deviation per step [Santurkar]")
     add("--sample-batch-size", type=positive, default=500, help="images moved together")
     small = dict(
@@ -141,17 +153,18 @@ class Classifier(nn.Module):
 
 
 def make_model(arch="resnet50"):
-    """A Classifier: ResNet with a 3x3 stem of stride 1, no max-pool [robustness]; or small-W, of
-    0.3 M parameters at W = 32."""
+    """A Classifier: ResNet with a 3x3 stem of stride 1, no max-pool [robustness], and torchvision's
+    initialisation [assumed; robustness keeps PyTorch's]; or small-W."""
     if arch.startswith("small"):
         w = int(arch.removeprefix("small-"))
         return Classifier(nn.Sequential(
-            nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),  # 3x3 leaves a grid
+            # 4x4: strided by two, 3x3 covers pixels unevenly, and samples show a grid
+            nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
             stage(w, w, 1), stage(w, 2 * w, 2), stage(2 * w, 4 * w, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)))
     net = {"resnet18": resnet18, "resnet50": resnet50}[arch](num_classes=10)
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # torchvision's
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     return Classifier(net)
 
 
@@ -170,7 +183,8 @@ def learning_rate(args, t):
 
 def train(f, x_train, y_train, args):
     """Train f in place, from the last checkpoint up to --epochs."""
-    optimizer = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9,
+                                weight_decay=5e-4)  # [robustness], both
     attack = dict(steps=args.attack_steps, step_size=args.attack_step_size, eps=args.attack_eps,
                   norm=args.norm)
     for epoch in range(resume(args, model=f, optimizer=optimizer), args.epochs):
@@ -202,7 +216,8 @@ def run(args):
     train(f, x_train, y_train, args)
 
     print(f"accuracy of {len(x_test)} test images, clean and under PGD-20 ...")
-    eps = args.attack_eps  # PGD-20: from the clean image [robustness], the last iterate [assumed]
+    # PGD-20: from the clean image, steps of 2.5 eps / 20 [robustness], the last iterate [assumed]
+    eps = args.attack_eps
     pgd20 = dict(steps=20, step_size=2.5 * eps / 20, eps=eps, norm=args.norm)
     robustness = {"n": len(x_test), "clean": accuracy(f, x_test, y_test),
                   "pgd20": accuracy(f, x_test, y_test, cross_entropy, **pgd20)}
@@ -224,7 +239,8 @@ def draw(n, seed):
     random, images = np.random.default_rng(seed), []
     for i in range(n):
         light, dark = random.integers(128, 256, 3), random.integers(0, 100, 3)
-        paper, ink = random.permutation([light, dark]).tolist()  # else single pixels would do
+        # light on dark or dark on light, so that no single pixel tells the digits apart
+        paper, ink = random.permutation([light, dark]).tolist()
         image = Image.new("RGB", (32, 32), tuple(paper))
         font, centre = ImageFont.load_default(random.integers(24, 34)), random.integers(12, 21, 2)
         ImageDraw.Draw(image).text(tuple(centre.tolist()), str(i % 10), tuple(ink), font,
@@ -236,15 +252,18 @@ def draw(n, seed):
 def load_data(args):
     """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32] and int64 [N]."""
     if args.smoke:
-        sets = [draw(2000, seed=0), draw(250, seed=1)]
+        tensors = [*draw(2000, seed=0), *draw(250, seed=1)]
     else:
-        try:
-            sets = [CIFAR10(args.data, train, download=True) for train in (True, False)]
-        except Exception as e:  # no network, a damaged archive: torchvision raises a dozen kinds
-            raise OSError(f"no whole cifar-10-batches-py in --data {args.data}, and no download "
-                          f"({e}); --smoke needs no data") from e
-        sets = [(torch.tensor(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets]
-    return [t[:args.limit].contiguous().to(args.device) for xy in sets for t in xy]
+        tensors = []
+        for train in (True, False):
+            try:
+                images = CIFAR10(args.data, train, download=True)
+            except Exception as e:  # no network, a damaged file: torchvision raises a dozen kinds
+                raise OSError(f"no whole cifar-10-batches-py in --data {args.data}, and no "
+                              f"download ({e}); --smoke needs no data") from e
+            tensors.append(torch.tensor(images.data).permute(0, 3, 1, 2))
+            tensors.append(torch.tensor(images.targets))
+    return [t[:args.limit].contiguous().to(args.device) for t in tensors]
 
 
 def progress(batches, what):
@@ -264,7 +283,7 @@ def progress(batches, what):
 def log(args, **figures):
     """Print an epoch's figures, and add them to log.jsonl. ValueError: one is not finite."""
     if not all(math.isfinite(value) for value in figures.values()):
-        raise ValueError(f"training diverged: {figures}; {args.out} keeps the checkpoint before")
+        raise ValueError(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
     with open(f"{args.out}/log.jsonl", "a") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures}) + "\n")
@@ -274,7 +293,7 @@ def save_checkpoint(args, epoch, **parts):
     """Replace --out's checkpoint by the state of the parts, unless the model has diverged."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise ValueError(f"training diverged; {args.out} keeps the checkpoint before")
+        raise ValueError(f"training diverged; {args.out} keeps its last checkpoint")
     state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, training_flags(args)
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state() if args.device == "cuda" else None
@@ -291,27 +310,28 @@ def resume(args, **parts):
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, mine = state["flags"], training_flags(args)
+        done, planned, theirs = state["epoch"], state["epochs"], state["flags"]
     except Exception as e:  # torch.load raises a dozen kinds
         raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
+    mine = training_flags(args)
     other = [f"{flag} was {theirs.get(flag)}, is {mine.get(flag)}" for flag in {**theirs, **mine}
              if theirs.get(flag) != mine.get(flag)]
     if other:
         raise ValueError(f"{path} is of another training ({', '.join(other)}): name another --out")
-    if args.epochs < state["epoch"]:
-        raise ValueError(f"{path} is {state['epoch']} epochs old: --epochs can only grow")
-    if args.epochs != state["epochs"]:
-        print(f"--epochs was {state['epochs']}: a schedule that depends on it goes on differently")
+    if args.epochs < done:
+        raise ValueError(f"{path}: {done} epochs are done, --epochs cannot be fewer")
+    if args.epochs != planned:
+        print(f"--epochs was {planned}: from here on the schedule is that of {args.epochs}")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
+        if args.device == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
     except (KeyError, RuntimeError) as e:
         raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
-    if args.device == "cuda" and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    print(f"{args.out}: {state['epoch']} of {args.epochs} epochs are done")
-    return state["epoch"]
+    print(f"{args.out}: {done} of {args.epochs} epochs are done")
+    return done
 
 
 def training_flags(args):
@@ -322,15 +342,19 @@ def scored(args, samples):
     """The rows {name: dict} of samples with IS and FID, or with null and the reason."""
     files = [f"{args.out}/samples_{name}.npz" for name in samples]
     scores = [{"is_mean": None, "is_std": None, "fid": None}] * len(files)
-    reason = "only of CIFAR-10, on CUDA" if args.smoke or args.device == "cpu" else None
-    if reason is None:
+    reason = None
+    if args.smoke:
+        reason = "IS and FID are not for digits"
+    elif args.device == "cpu":
+        reason = f"hours on a CPU: python metrics.py {' '.join(files)} --data {args.data}"
+    else:
         try:
             import metrics
             scores = metrics.score(files, args.data, device=args.device)
         except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights; out of memory
             reason = " ".join(str(e).split())
     if reason is not None:
-        print(f"no IS and FID ({reason}); later: python metrics.py {' '.join(files)}")
+        print(f"no IS and FID ({reason})")
     return {name: {**samples[name], **row, "reason": reason} for name, row in zip(samples, scores)}
 
 
@@ -340,7 +364,7 @@ def in_range(kind, low, high=math.inf):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in {low} ... {high}")
         return kind(text)
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # for argparse: "invalid int value"
     return parse
 
 
@@ -352,17 +376,20 @@ fraction = in_range(float, 0, 1)
 
 
 def read_flags(training, running, argv, presets):
-    """The arguments. presets: (flags, other defaults that they bring together), ..."""
+    """The arguments. presets: pairs (flags, defaults); where all the flags are as given there, the
+    defaults take the place of the parser's. Later pairs win over earlier ones."""
     parser = argparse.ArgumentParser(description=__doc__, parents=[training, running],
                                      formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = stop
     given = vars(parser.parse_args(argv))
+    if given["smoke"] and given["small"]:
+        parser.error("--smoke or --small, not both")
     for flags, defaults in presets:
         if all(given[flag] == value for flag, value in flags.items()):
             parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
     args.amp = args.amp and args.device == "cuda"
-    args.training = list(vars(training.parse_args([])))
+    args.training = list(vars(training.parse_args([])))  # the names: a checkpoint belongs to these
     return args
 
 
@@ -381,7 +408,7 @@ def main(argv=None):
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.backends.cudnn.benchmark = True
     socket.setdefaulttimeout(10)  # a silent download ends
-    if args.out == f"runs/{Path(__file__).stem}-smoke":  # begun afresh each time
+    if args.smoke and args.out == f"runs/{Path(__file__).stem}-smoke":  # begun afresh each time
         shutil.rmtree(args.out, ignore_errors=True)
     try:
         figures = run(args)
@@ -393,11 +420,14 @@ def main(argv=None):
         text = json.dumps(results, indent=2, allow_nan=False)
         Path(args.out, "results.json").write_text(text)
     except KeyboardInterrupt:
-        stop("interrupted; the same command goes on after the last epoch", code=130)
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        stop(f"out of memory: a smaller --batch-size or --sample-batch-size? ({e})")
+        stop("interrupted; with an --out, the same command resumes after the last epoch", code=130)
     except (OSError, ValueError) as e:
         stop(e)
+    except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors
+        words = "out of memory", "allocate memory"
+        if isinstance(e, RuntimeError) and not any(word in str(e) for word in words):
+            raise
+        stop(f"out of memory: try a smaller --batch-size or --sample-batch-size ({e})")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ def inception_score(logits, splits=SPLITS, seed=2020):
     splits, or logits whose log-probabilities are not finite.
     """
     n = len(logits)
+    if splits < 1:
+        raise ValueError(f"splits must be at least 1, are {splits}")
     if n < splits:
         raise ValueError(f"the IS in {splits} splits needs at least {splits} images, got {n}")
     order = torch.from_numpy(np.random.RandomState(seed).permutation(n))
@@ -60,7 +62,8 @@ def inception_score(logits, splits=SPLITS, seed=2020):
     scores = []
     for i in range(splits):
         log_p_yx = log_p[i * n // splits:(i + 1) * n // splits]
-        log_p_y = log_p_yx.logsumexp(0) - np.log(len(log_p_yx))  # finite where p(y|x) underflows
+        # the mean over x of p(y|x), in logarithms, for p(y|x) may underflow
+        log_p_y = log_p_yx.logsumexp(0) - np.log(len(log_p_yx))
         kl = (log_p_yx.exp() * (log_p_yx - log_p_y)).sum(1)
         scores.append(kl.mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
@@ -75,7 +78,7 @@ def gaussian_statistics(features):
         raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
     x = features.double()
     check_finite(x, "features")
-    return x.mean(0), torch.cov(x.T, correction=1)
+    return x.mean(0), torch.cov(x.T, correction=1).view(x.shape[1], x.shape[1])
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -88,22 +91,27 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu2, sigma2 = as_gaussian(mu2, sigma2)
     if len(mu1) != len(mu2):
         raise ValueError(f"the two are of {len(mu1)} and {len(mu2)} features")
-    # with S = R R^T, tr (S1 S2)^(1/2) is the sum of the singular values of R1^T R2
+    # With S = R R^T and M = R1^T R2, S1 S2 has the eigenvalues of M M^T: the squares of M's
+    # singular values, whose sum is the trace of the root.
     root1 = covariance_root(sigma1)
     root2 = covariance_root(sigma2)
     trace = torch.linalg.svdvals(root1.T @ root2).sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
+    if not distance.isfinite():
+        raise ValueError("the distance of the two overflows")
+    return distance.item()
 
 
 def covariance_root(sigma):
-    """R [D, r] with R R^T = sigma, float64 [D, D] symmetric of rank r. ValueError: not positive."""
+    """R [D, r] with R R^T = sigma, float64 [D, D] symmetric of rank r. ValueError: an eigenvalue
+    that is negative by more than rounding."""
     values, vectors = torch.linalg.eigh(sigma)  # ascending
     largest = values.abs().max()
     if values[0] < -ROUNDING * largest:
         raise ValueError(f"sigma is no covariance: it has the eigenvalue {values[0]:.2g}")
-    # eigenvalues below this are zeros plus rounding; the root would make 1e-8 of their 1e-16
-    zero = len(sigma) * torch.finfo(torch.float64).eps * largest
-    positive = values > zero
+    # An eigenvalue below this is zero up to rounding: 1e-16 off, of which the root makes 1e-8.
+    threshold = len(sigma) * torch.finfo(torch.float64).eps * largest
+    positive = values > threshold
     return vectors[:, positive] * values[positive].sqrt()
 
 
@@ -129,7 +137,8 @@ def as_gaussian(mu, sigma):
 def as_float64(a):
     """A tensor or array of reals as a float64 tensor on the CPU."""
     if isinstance(a, torch.Tensor):
-        return a.detach().cpu().double()
+        a = a.detach().cpu()
+        a = (a.float() if a.dtype == torch.bfloat16 else a).numpy()  # numpy has no bfloat16
     a = np.asarray(a)
     if a.dtype.kind not in "fiu":
         raise ValueError(f"mu and sigma must be real numbers, are {a.dtype}")
@@ -153,8 +162,9 @@ def resize_tf1(x, size=299):
 def tf1_weights(n, size, device):
     """[size, n], float64: row i interpolates between the neighbours of i * n / size among n."""
     source = torch.arange(size, dtype=torch.float64, device=device) * n / size
-    distance = source.clamp(max=n - 1)[:, None] - torch.arange(n, device=device)
-    return (1 - distance.abs()).clamp(min=0)
+    source = source.clamp(max=n - 1)  # beyond the last pixel, that pixel
+    distance = (source[:, None] - torch.arange(n, device=device)).abs()
+    return (1 - distance).clamp(min=0)  # linear, zero from a distance of one pixel on
 
 
 def avg_pool(x):
@@ -209,8 +219,8 @@ class InceptionV3(inception.Inception3):
         """
         x = x.to(self.fc.weight)  # its device and dtype
         x = (resize_tf1(x) - 128) / 128
-        for block in list(self.children())[:-2]:  # registered in order; last are dropout and fc
-            x = block(x)
+        for block in list(self.children())[:-2]:  # torchvision registers all in the order of use
+            x = block(x)  # stem, Mixed_5b ... 7c, average pool; not the last two, dropout and fc
         pool3 = x.flatten(1)
         return pool3, pool3 @ self.fc.weight.T
 
@@ -218,15 +228,15 @@ class InceptionV3(inception.Inception3):
 def load_inception(path=None, device="cpu"):
     """The network with the FID weights, in eval mode; `.weights_hash`: 8 digits of their sha256.
 
-    Default: torch.hub's cached copy, downloaded where there is none, and checked. Another file: a
-    warning. OSError: absent, or cannot be downloaded. ValueError: damaged.
+    Default: torch.hub's cached copy, downloaded where there is none, and checked. A path to a file
+    with another hash only warns. OSError: no such file, or no download. ValueError: damaged.
     """
     default = Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name)
     if path is None:
         path = default
         if not default.exists():
             default.parent.mkdir(parents=True, exist_ok=True)
-            with download("the Inception weights", "give --inception-weights PATH"):
+            with download_errors("the Inception weights", "give --inception-weights PATH"):
                 torch.hub.download_url_to_file(WEIGHTS_URL, str(default), WEIGHTS_HASH,
                                                progress=sys.stderr.isatty())
     path = Path(path)
@@ -236,11 +246,11 @@ def load_inception(path=None, device="cpu"):
             raise ValueError(f"{path} is damaged (its sha256 is wrong): delete it")
         warn(f"{path}: not the FID weights: incomparable scores")
     net = InceptionV3()
-    # files older than PyTorch 0.4.1 lack BatchNorm's counters, which eval mode does not read
-    state = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
+    # BatchNorm's counters, which old files lack and eval mode does not read; all else must be there
+    counters = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
     try:
-        state.update(torch.load(path, map_location="cpu", weights_only=True))
-        net.load_state_dict(state)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict({**counters, **state})
     except Exception as e:  # torch.load raises a dozen kinds
         raise ValueError(f"{path}: not a file of Inception weights ({one_line(e)})") from e
     net.weights_hash = weights_hash
@@ -276,6 +286,8 @@ def extract_features(images, extract, batch_size=BATCH_SIZE, label=None):
         raise ValueError(f"images must be uint8, not {images.dtype}")
     if isinstance(extract, nn.Module) and any(m.training for m in extract.modules()):
         raise ValueError("extract, or a part of it, is in training mode: call its eval() first")
+    if len(images) == 0:
+        raise ValueError("no images")
     batches = images.split(batch_size)
     if label is not None:
         batches = progress(batches, label)
@@ -283,6 +295,9 @@ def extract_features(images, extract, batch_size=BATCH_SIZE, label=None):
     with true_float32(), torch.inference_mode():
         for batch in batches:
             features, logits = extract(batch)
+            if not len(features) == len(logits) == len(batch):
+                raise ValueError(f"extract gave {len(features)} features, {len(logits)} logits for "
+                                 f"{len(batch)} images")
             all_features.append(features)
             all_logits.append(logits)
     return torch.cat(all_features), torch.cat(all_logits)
@@ -292,22 +307,24 @@ def extract_features(images, extract, batch_size=BATCH_SIZE, label=None):
 def true_float32():
     """Full float32: no TF32, no bfloat16 products, no autocast, float32 as the default dtype.
 
-    torch has an old and a new family of switches (docs: notes/cuda, "TensorFloat-32") and raises
-    where an old one is read that the new ones contradict. So both are set here, alike, and both
-    are restored, the old ones first: setting them changes the new ones.
+    torch has an old and a new family of switches (docs: notes/cuda, "TensorFloat-32"). Reading an
+    old one raises where the new ones contradict it, so both families are set here, alike. Setting
+    an old one changes new ones, so that on exit the old are restored first, the new ones last.
     """
     backends = torch.backends
     switches = [backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn,
                 backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv,
                 backends.mkldnn.rnn]
+    # A switch left at "none" reads as its parent's value. Parents come first here, and each is set
+    # to "none" once read: so every switch shows its own value, to which it is restored.
     before = []
-    for switch in switches:  # general before special: what is "none" reads as the one above it
+    for switch in switches:
         before.append(switch.fp32_precision)
         switch.fp32_precision = "none"
     matmul = torch.get_float32_matmul_precision()
     try:
         cudnn = backends.cudnn.allow_tf32
-    except RuntimeError:  # the new ones say no, so this one says yes
+    except RuntimeError:  # it contradicts the new ones, all "none" by now: so it is True
         cudnn = True
     dtype = torch.get_default_dtype()
     try:
@@ -385,10 +402,8 @@ def as_images(path, x):
 
 
 def load_reference(path, net, data, batch_size=BATCH_SIZE):
-    """mu [2048], sigma [2048, 2048], and whether they are known to be of fewer than 2,048 images.
-
-    Of the .npz at path, which holds mu and sigma or images; without one, of CIFAR-10's train set.
-    """
+    """mu [2048], sigma [2048, 2048], and True where they were computed here from fewer than 2,048
+    images; of the .npz at path, which holds mu and sigma or images, or of CIFAR-10's train set."""
     if path is None:
         mu, sigma = cifar10_statistics(net, data, batch_size)
         return mu, sigma, False
@@ -424,10 +439,12 @@ def cifar10_statistics(net, data, batch_size=BATCH_SIZE):
 
 
 def cifar10_train(data):
-    """The train images, uint8 [50000, 3, 32, 32]; downloaded if absent, not over a damaged copy."""
+    """The train images, uint8 [50000, 3, 32, 32], downloaded where the folder is absent. A damaged
+    one is a ValueError, and stays."""
     folder = Path(data, CIFAR10.base_folder)
     if not folder.exists():
-        with download("CIFAR-10", f"put {CIFAR10.base_folder} into --data, or give --reference"):
+        advice = f"put {CIFAR10.base_folder} into --data, or give --reference"
+        with download_errors("CIFAR-10", advice):
             CIFAR10(data, download=True)
     try:
         images = CIFAR10(data).data
@@ -448,13 +465,15 @@ def as_statistics(path, arrays):
 
 
 def read_npz(path, *choices):
-    """The arrays of the first of the choices, lists of names, that the .npz holds whole."""
+    """{name: array} of the first choice, a list of names, of which the .npz holds all."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as npz:
             for names in choices:
                 if all(name in npz.files for name in names):
                     return {name: npz[name] for name in names}
             found = npz.files
+    except MemoryError:
+        raise
     except Exception as e:  # numpy and zipfile raise a dozen kinds
         raise ValueError(f"{path}: not a readable .npz file ({one_line(e)})") from e
     wanted = ", or ".join(" and ".join(names) for names in choices)
@@ -462,8 +481,8 @@ def read_npz(path, *choices):
 
 
 @contextlib.contextmanager
-def download(what, advice):
-    """Ends a download that is silent for 10 s; every failure is one OSError that says what to do.
+def download_errors(what, advice):
+    """Around a download: 10 s of silence end it, and every failure is an OSError with the advice.
     """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
@@ -526,7 +545,8 @@ def out_of_memory(e):
     """
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return "memory" in str(e) or "ALLOC_FAILED" in str(e)
+    words = "out of memory", "can't allocate memory", "ALLOC_FAILED"
+    return any(word in str(e) for word in words)
 
 
 if __name__ == "__main__":

@@ -46,18 +46,23 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     """
     _check_arguments(x, steps, step_size, eps, norm, noise, random_start)
     x_0 = x.detach().clone()
+    low, high = clamp or (-math.inf, math.inf)
+    if not low < high:
+        raise ValueError(f"clamp must be (low, high), not {clamp}")
+    finite = x_0.flatten(1).isfinite().all(1)
+    inside = ((x_0 >= low) & (x_0 <= high)).flatten(1).all(1)
+    if not finite.all():  # waits for the device
+        raise ValueError(f"ascend: {_share(~finite)} start at NaN or infinity")
+    if eps < math.inf and not inside.all():
+        raise ValueError(f"ascend: {_share(~inside)} start outside the box {low} ... {high}")
     if steps == 0:
         return x_0
-    low, high = clamp or (-math.inf, math.inf)
-    if eps < math.inf and not ((x_0 >= low) & (x_0 <= high)).all():
-        raise ValueError(f"ascend: a start outside the box {low} ... {high}, or NaN")
     x_k = x_0
     if random_start:
         x_k = (x_0 + _random_offset(x_0, eps, norm, generator)).clamp(low, high)
-    finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for k in range(steps):
         score_k, g = _value_and_gradient(score, x_k)
-        finite &= g.flatten(1).isfinite().all(1)
+        finite &= g.flatten(1).isfinite().all(1) & ~score_k.isnan()
         if callback is not None:
             callback(k, x_k, score_k)
         x_k = x_k + step_size * steepest(g, norm)
@@ -66,9 +71,9 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
             x_k = x_k + noise * xi
         x_k = project(x_k, x_0, eps, norm).clamp(low, high)
     finite &= x_k.flatten(1).isfinite().all(1)
-    if not finite.all():  # the only synchronisation; with a finite eps there is another
-        raise ValueError(f"ascend: {_share(~finite)} met a gradient that is NaN or infinite, "
-                         f"or left the finite numbers, in {steps} steps")
+    if not finite.all():  # waits once more, whatever the number of steps
+        raise ValueError(f"ascend: {_share(~finite)} met a score or a gradient that is NaN or "
+                         f"infinite, or left the finite numbers, in {steps} steps")
     return x_k
 
 
@@ -94,15 +99,17 @@ def worst_case(score, x, steps, step_size, *, eps, restarts=1, norm="l2", genera
     """The best of `score` over x itself, all iterates and all restarts -> (x_best [B, ...], value
     [B]): AT-EBM's worst-case OOD detection. The first restart starts from x, the others from random
     points of the ball. Otherwise as `ascend`; a NaN among the scores is a ValueError."""
+    if restarts < 1:
+        raise ValueError(f"restarts must be >= 1, not {restarts}")
     best = x.detach().clone()
     with torch.no_grad():
         value = score(best)
 
-    def keep(_, x_k, score_k):
+    def keep(k, x_k, score_k):
         nonlocal best, value
-        better = (score_k > value) | score_k.isnan()
-        best = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x_k, best)
-        value = torch.where(better, score_k, value)
+        taken = (score_k > value) | score_k.isnan()  # a NaN is kept, to be seen below
+        best = torch.where(taken.view(-1, *[1] * (x.ndim - 1)), x_k, best)
+        value = torch.where(taken, score_k, value)
 
     for restart in range(restarts):
         x_k = ascend(score, x, steps, step_size, eps=eps, norm=norm, random_start=restart > 0,
@@ -132,7 +139,9 @@ def project(x, x_0, eps, norm):
     d = x - x_0
     if norm == "linf":
         return x_0 + d.clamp(-eps, eps)
-    return x_0 + d * (eps / _l2(d).clamp_min(max(eps, torch.finfo(d.dtype).tiny)))
+    tiny = torch.finfo(d.dtype).tiny  # for eps = 0 at d = 0
+    length = _l2(d).clamp_min(max(eps, tiny))  # eps itself inside the ball: no change there
+    return x_0 + d * (eps / length)
 
 
 @contextmanager
@@ -176,8 +185,8 @@ def _check_arguments(x, steps, step_size, eps, norm, noise, random_start):
     if norm not in ("l2", "linf", "none"):
         raise ValueError(f'norm must be "l2", "linf" or "none", not {norm!r}')
     for name, value in dict(steps=steps, step_size=step_size, eps=eps, noise=noise).items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be >= 0, not {value}")
+        if not value >= 0 or (value == math.inf and name != "eps"):
+            raise ValueError(f"{name} must be >= 0 and finite, not {value}")
     if random_start and eps == math.inf:
         raise ValueError("random_start needs a finite eps")
     if not x.is_floating_point() or x.ndim < 2:
@@ -217,16 +226,18 @@ def reinforced(f, y):
 def cross_entropy(f, y):
     """The supervised attack: CE = -log p(y|x) = LSE f - f_y, as softplus(LSE_{k != y} f - f_y).
 
-    LSE f - f_y has no gradient left once float32 rounds p(y|x) to 1, at a margin of 17: a net that
-    is sure of its label would look robust. 1e-30 * margin, far below the loss's own rounding, keeps
-    the direction beyond a margin of 100, where softplus's gradient is 0 as well.
+    LSE f - f_y has no gradient left once float32 rounds p(y|x) to 1, where f_y leads by 17: a net
+    that is sure of its label would look robust. Where it leads by 100, softplus underflows as well;
+    -1e-30 * lead, far below the loss's own rounding, keeps the direction there.
     """
     def score(x):
         logits = at_least_float32(f(x))
+        if logits.shape[1] < 2:
+            raise ValueError("cross-entropy needs logits of at least two classes")
         labels = check_labels(y, logits)
         others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
-        margin = others - take(logits, labels)
-        return F.softplus(margin) + 1e-30 * margin
+        lead = take(logits, labels) - others
+        return F.softplus(-lead) - 1e-30 * lead
     return score
 
 
@@ -241,27 +252,35 @@ def logit(f, sign=1):
 
 
 def info_nce(g, positive, temperature, other_positives=True):
-    """The contrastive attack (CEM, by memory). Unit z = g(x), z' = g(positive), f_ij = z_i.z_j / t:
-    -f_ii' + log [exp f_ii' + sum_{j != i} exp f_ij + sum_{j != i} exp f_ij'], x's rows of NT-Xent.
-    All z_j move along. The last sum only with other_positives.
+    """The contrastive attack (CEM, by memory). Unit z = g(x), z' = g(positive); f_ij = z_i.z_j / t:
+    -f_ii' + log [ exp f_ii' + sum_{j != i} exp f_ij + sum_{j != i} exp f_ij' ], NT-Xent's loss of
+    row i. The gradient goes through all z_j; z' is held.
 
-    positive None: x [2B, ...] holds both views of an image, at i and i + B: all rows of NT-Xent.
-    CEM's PGD sampler: positive x_0, other_positives False. z' is computed here, once, without
-    gradient: build the score inside eval_mode.
+    positive         the other view of each x. z' is computed here, once: call it inside eval_mode.
+                     None: x [2B, ...] holds both views of an image, at i and i + B; all move
+    other_positives  False drops the last sum: CEM's PGD sampler, with positive = x_0
     """
     if positive is not None:
-        with torch.enable_grad():  # no_grad: autocast would keep weights that pass no gradient on
+        with torch.enable_grad():  # not no_grad: older autocasts keep weights cast without a graph
             z_prime = _unit(g(positive)).detach()
 
     def score(x):
         z = _unit(g(x))
-        other_view = z.roll(len(z) // 2, 0) if positive is None else z_prime
-        f_positive = (z * other_view).sum(1, keepdim=True) / temperature
-        terms = [_similarity(z, z, temperature)]
-        if positive is not None:  # else it is among the z
-            terms.append(f_positive)
+        if len(z) < 2:
+            raise ValueError("contrast needs a batch of at least two samples")
+        if positive is None:
+            if len(z) % 2:
+                raise ValueError(f"two views of each image, not {len(z)} samples")
+            other_view = torch.cat([z[len(z) // 2:], z[:len(z) // 2]])
+            f_positive = (z * other_view).sum(1, keepdim=True) / temperature
+            terms = [_similarity(z, z, temperature)]  # holds the positive
+        else:
+            if z.shape != z_prime.shape:
+                raise ValueError(f"{len(z_prime)} positives for {len(z)} samples")
+            f_positive = (z * z_prime).sum(1, keepdim=True) / temperature
+            terms = [f_positive, _similarity(z, z, temperature)]
             if other_positives:
-                terms.append(_similarity(z, z_prime, temperature))
+                terms.append(_similarity(z, z_prime, temperature))  # without f_ii', the first term
         return (torch.cat(terms, 1).logsumexp(1, keepdim=True) - f_positive).squeeze(1)
     return score
 
@@ -282,7 +301,9 @@ def _unit(z):
 
 
 def _similarity(z, others, temperature):
-    """z_i . others_j / temperature [B, M], without autocast; -inf where j = i: self is left out."""
+    """z_i . others_j / temperature [B, M], without autocast; -inf where j = i: it is left out."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, not {temperature}")
     with torch.autocast(z.device.type, enabled=False):
         s = z @ others.T / temperature
     return s.masked_fill(torch.eye(*s.shape, dtype=torch.bool, device=s.device), -math.inf)
@@ -292,12 +313,14 @@ def at_least_float32(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def check_labels(y, logits):
-    """Labels y as int64 [B], for logits [B, K]. ValueError: not integers [B] in 0 ... K - 1."""
+def check_labels(y, logits, wait=False):
+    """Labels y as int64 [B], for logits [B, K]. ValueError: not integers [B] in 0 ... K - 1.
+    On CUDA the range is looked at with wait=True only, for that waits for the device: where y is
+    an index into the logits, a wrong one stops the program anyway."""
     if y.is_floating_point() or y.shape != logits.shape[:1]:
         raise ValueError(f"labels must be integers [{len(logits)}], not {y.dtype} {list(y.shape)}")
     y = y.long()
-    if not y.is_cuda and not ((y >= 0) & (y < logits.shape[1])).all():  # on CUDA indexing stops
+    if (wait or not y.is_cuda) and not ((y >= 0) & (y < logits.shape[1])).all():
         raise ValueError(f"labels must be in 0 ... {logits.shape[1] - 1}, not {y.tolist()}"[:200])
     return y
 
@@ -311,15 +334,17 @@ def take(logits, y):
 class Gaussians(NamedTuple):
     """What fit_gaussians returns."""
     mean: torch.Tensor  # float64 [C, ...], a class each; pooled: C = 1
-    rows: list  # (X - mean) / sqrt(n) of each class, float32 [n, D]
+    rows: list  # R = (X - mean) / sqrt(n) of each class, float32 [n, D]: R^T z has covariance Sigma
     jitter: float
+    pooled: bool
 
     def sample(self, labels, generator=None):
         """float32 [B, ...] in [0, 1], one per label [B]; a pooled fit only counts the labels."""
         device = self.mean.device
-        if len(self.rows) == 1:
-            labels = torch.zeros_like(labels)
-        labels = check_labels(labels, self.mean.new_empty(len(labels), len(self.rows)))
+        if self.pooled:
+            labels = torch.zeros_like(labels)  # one Gaussian for all
+        one_hot = torch.zeros(len(labels), len(self.rows), device=device)  # for its shape
+        labels = check_labels(labels, one_hot, wait=True)
         x = self.mean.float()[labels].flatten(1)
         for c in labels.unique().tolist():
             i = (labels == c).nonzero().squeeze(1)
@@ -335,14 +360,16 @@ def fit_gaussians(x, y=None, jitter=1e-4):
     x: uint8, or float in [0, 1], [N, ...]; y: labels [N], every class 0 ... max(y) present. Sigma
     divides by n. From the notebook of Santurkar et al., 2019. Sampled without a factorisation:
     mu + (X - mu)^T z / sqrt(n) + sqrt(jitter) * xi has that law. Keeps a float32 copy of x.
-    ValueError: no images, a class without images, negative labels.
+    ValueError: no images, a class without images, labels that are no class, jitter < 0.
     """
     check_images(x)
-    x = to_float(x)
+    if not 0 <= jitter < math.inf:
+        raise ValueError(f"fit_gaussians: jitter must be >= 0, not {jitter}")
+    x = to_float(x).float()
     if y is None:
         groups = [x]
-    elif y.shape != x.shape[:1] or y.min() < 0:
-        raise ValueError(f"fit_gaussians: labels must be >= 0, [{len(x)}], not {list(y.shape)}")
+    elif y.shape != x.shape[:1] or y.is_floating_point() or y.min() < 0:
+        raise ValueError(f"fit_gaussians: labels must be integers >= 0, [{len(x)}]")
     else:
         groups = [x[y == c] for c in range(int(y.max()) + 1)]
     if min(map(len, groups)) == 0:
@@ -351,7 +378,7 @@ def fit_gaussians(x, y=None, jitter=1e-4):
     rows = []
     for group, mean in zip(groups, means):
         rows.append((group - mean.float()).flatten(1) / math.sqrt(len(group)))
-    return Gaussians(torch.stack(means), rows, jitter)
+    return Gaussians(torch.stack(means), rows, jitter, pooled=y is None)
 
 
 def starts(kind, x, y, root="./data"):
@@ -387,6 +414,8 @@ class ReplayBuffer(torch.nn.Module):
 
     def __init__(self, size, shape, reinit=0.05, device="cpu", generator=None):
         super().__init__()
+        if not 0 <= reinit <= 1:
+            raise ValueError(f"reinit must be a probability, not {reinit}")
         self.reinit = reinit
         self.random = dict(device=device, generator=generator)
         self.register_buffer("x", torch.rand(size, *shape, **self.random))
@@ -402,7 +431,9 @@ class ReplayBuffer(torch.nn.Module):
         return torch.where(fresh, noise, x_0), idx
 
     def update(self, idx, x):
-        """Write the chains' ends x [n, *shape] back."""
+        """Write the chains' ends x [n, *shape] back. ValueError: another shape."""
+        if x.shape != (len(idx), *self.x.shape[1:]):
+            raise ValueError(f"chains of {list(self.x.shape[1:])}, not {list(x.shape)}")
         self.x[idx] = x.detach()
 
 
@@ -412,9 +443,11 @@ def accuracy(f, x, y, score=None, *, batch_size=250, **ascend_args):
 
     x: uint8, or float in [0, 1], [N, C, H, W]; y: labels [N]; score: e.g. cross_entropy, used as
     score(f, y); ascend_args: of `ascend` (steps, step_size, ...). ValueError: no images, wrong
-    labels, images outside [0, 1], logits that are not finite.
+    labels, images outside [0, 1], logits that are not finite, ascend_args without a score.
     """
     check_images(x)
+    if score is None and ascend_args:
+        raise ValueError(f"accuracy: {', '.join(ascend_args)} without a score to ascend")
     correct, finite = [], []
     with eval_mode(f), torch.no_grad():
         for x_i, y_i in zip(x.split(batch_size), y.split(batch_size), strict=True):
@@ -422,7 +455,7 @@ def accuracy(f, x, y, score=None, *, batch_size=250, **ascend_args):
             if score is not None:
                 x_i = ascend(score(f, y_i), x_i, **ascend_args)
             logits = f(x_i)
-            correct.append(logits.argmax(1) == check_labels(y_i, logits))
+            correct.append(logits.argmax(1) == check_labels(y_i, logits, wait=True))
             finite.append(logits.isfinite().all(1))
     finite = torch.cat(finite)
     if not finite.all():
@@ -444,26 +477,29 @@ def to_float(x):
 
 
 def to_uint8(x):
-    """float -> uint8: x * 255 to the nearest integer, clipped; uint8 stays. ValueError: a NaN."""
+    """float -> uint8: x * 255 to the nearest integer, clipped; uint8 stays. ValueError: not finite.
+    """
     if x.dtype == torch.uint8:
         return x
-    if x.isnan().any():
-        raise ValueError(f"to_uint8: {int(x.isnan().sum())} of {x.numel()} pixels are NaN")
+    if not x.isfinite().all():
+        bad = int((~x.isfinite()).sum())
+        raise ValueError(f"to_uint8: {bad} of {x.numel()} pixels are NaN or infinite")
     return x.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
 def crop_flip(x, pad=4, mode="constant"):
     """A random crop of each padded image of x [B, C, S, S], flipped with probability 1/2."""
     size, each = x.shape[-1], torch.arange(len(x), device=x.device)
-    crops = F.pad(x, (pad,) * 4, mode).unfold(2, size, 1).unfold(3, size, 1)  # [B, C, 9, 9, S, S]
-    row, column = torch.randint(2 * pad + 1, (2, len(x)), device=x.device)
-    x = crops[each, :, row, column]
+    crops = F.pad(x, (pad,) * 4, mode).unfold(2, size, 1).unfold(3, size, 1)  # all, as a view:
+    row, column = torch.randint(2 * pad + 1, (2, len(x)), device=x.device)  # [B, C, 9, 9, S, S]
+    x = crops[each, :, row, column]  # [B, C, S, S]
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
 
 def load_images(name, root="./data", train=True):
     """A set of images, uint8 [N, 3, 32, 32]: cifar100 or svhn, downloaded into root if absent, or a
-    .npy (a .npz: its arr_0), uint8 [N, 32, 32, 3]. OSError: not to be had; ValueError: not that."""
+    .npy (a .npz: its arr_0), uint8 [N, 32, 32, 3]. OSError: no such file, or no download.
+    ValueError: something else in it."""
     try:
         if name == "cifar100":
             x = torchvision.datasets.CIFAR100(root, train, download=True).data

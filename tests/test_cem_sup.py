@@ -231,7 +231,7 @@ def test_smoke_writes_everything(cem_sup_smoke):
     assert {"args", "versions", "device", "seconds", "accuracy", "samples"} == set(results)
     assert set(results["samples"]) == {"ta", "langevin", "cs", "rcs"} and results["args"]["sample_eps"] == 30
     for name, row in results["samples"].items():
-        assert row["n"] == 100 and row["fid"] is None and "CIFAR-10" in row["reason"] and 1 < row["moved"] < 15
+        assert row["n"] == 100 and row["fid"] is None and "digits" in row["reason"] and 1 < row["moved"] < 15
         z = np.load(out / f"samples_{name}.npz")
         assert z["arr_0"].shape == (100, 32, 32, 3) and z["arr_0"].dtype == np.uint8
         assert z["arr_1"].tolist() == list(range(10)) * 10
@@ -400,7 +400,7 @@ def test_no_data_and_no_network(tmp_path):
 
 def test_unusable_out(run, tmp_path, capsys):
     assert "attack_eps was 2.0, is 1.0" in error(capsys, *TINY, "--out", run, "--attack-eps", 1)
-    assert "only grow" in error(capsys, *TINY, "--out", run, "--epochs", 1)
+    assert "cannot be fewer" in error(capsys, *TINY, "--out", run, "--epochs", 1)
     checkpoint = run / "checkpoint.pt"
     state = torch.load(checkpoint, weights_only=True)
 
@@ -443,15 +443,21 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, capsys, monkey
 
 
 def test_out_of_memory_and_broken_samples_are_one_line(run, capsys, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
-    monkeypatch.setattr(cem_sup, "sample", full)
-    assert "--sample-batch-size" in error(capsys, *TINY, "--out", run)
-    monkeypatch.setattr(cem_sup, "ascend", lambda score, x, *a, **k: x * float("nan"))
-    monkeypatch.undo()
+    def full(f, sampler, start, args):
+        raise failure
+    for failure in (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB"), MemoryError("numpy"),
+                    RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with monkeypatch.context() as patch:
+            patch.setattr(cem_sup, "sample", full)
+            assert "--sample-batch-size" in error(capsys, *TINY, "--out", run)
+    failure = RuntimeError("an illegal memory access")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="illegal"):
+        patch.setattr(cem_sup, "sample", full)
+        cem_sup.main([*TINY, "--out", str(run)])
     nan = lambda f, y: lambda x: f(x)[:, 0] * float("nan")  # noqa: E731
     monkeypatch.setitem(cem_sup.SAMPLERS, "cs", nan)
     assert "20 of 20 samples" in error(capsys, *TINY, "--out", run, "--sampler", "cs")
+    assert "not both" in error(capsys, *TINY, "--small", "--out", run)
 
 
 # ---------------------------------------------------------------- real data, CUDA

@@ -365,7 +365,7 @@ def test_worst_case_accuracy_and_files_refuse_nan(tmp_path):
     f = image_net()
     f[4].bias.data[3] = math.nan
     for score in ({}, dict(score=log_p_x_given_y, steps=1, step_size=0.1)):
-        with pytest.raises(ValueError, match="4 of 4"):
+        with pytest.raises(ValueError, match="of 4 samples"):
             accuracy(f, x, torch.arange(4), **score)
     x[1, 0, 0, 0] = math.nan
     for write in (to_uint8, partial(save_samples, tmp_path / "a")):
@@ -534,7 +534,7 @@ def test_gaussians_jitter_and_clamp_and_refuse():
     with pytest.raises(ValueError, match="class without images"):
         fit_gaussians(x, torch.where(y == 1, 2, y))
     for images, labels in ((x, y[:5]), (x, y - 1), (x.float(), None)):
-        with pytest.raises(ValueError, match="labels must be >= 0|images must be in"):
+        with pytest.raises(ValueError, match="labels must be integers|images must be in"):
             fit_gaussians(images, labels)
     fit = fit_gaussians(x, y)
     exact(fit.sample(y.to(torch.uint8), rng()), fit.sample(y, rng()))  # a number, not a mask
@@ -604,6 +604,8 @@ def test_accuracy_counts():
     for images, labels in ((x[:0], y[:0]), (x, y[:5]), (x, y - 1), (255 * x, y), (x - 1, y)):
         with pytest.raises(ValueError):
             accuracy(nn.Flatten(), images, labels, batch_size=20)
+    with pytest.raises(ValueError, match="without a score"):  # else a clean accuracy for an attacked one
+        accuracy(nn.Flatten(), x, y, steps=3)
 
 
 def test_accuracy_under_attack():
