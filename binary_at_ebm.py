@@ -6,10 +6,10 @@ E = -f.
   training  max_D E_{x ~ p_data} log D(x) + E_{x ~ p_0} min_{x' in B(x, eps)} log(1 - D(x'))
             p_0: other images. At the optimum D = 1/2 on the support of p_data, D <= 1/2 off it
   attack    x' += a grad f / |grad f|, K steps; the data J steps the other way, with R1 on them
-  gate      K = 0, 1, ..., 25: on once attacked data and attacked p_0 are told apart (AUC)
+  gate      K = 0, 1, ..., 25: one more when the AUC of attacked data against attacked p_0 > 0.8
   sampling  the same ascent, from p_0's images or another class's (translation); E detects outliers
 
-  python binary_at_ebm.py                 the paper's run, but for p_0: CIFAR-100. ResNet-50
+  python binary_at_ebm.py                 the paper's run, ResNet-50, with CIFAR-100 as p_0
   python binary_at_ebm.py --mode ood      the paper's detector of outliers: eps-balls, a fixed K
   python binary_at_ebm.py --classes 3 --p0 rest --translate-from 5        dogs become cats
   python binary_at_ebm.py --small         on a CPU: cars against the rest; trucks become cars
@@ -19,14 +19,16 @@ E = -f.
 Writes checkpoint.pt, log.jsonl, samples_{ascent,translation}.{png,npz} and results.json to --out;
 translation's png: each source, and beside it what it became. results.json: K; 5, 25, 50, 75, 95 %
 quantiles of E; AUROC of test data against each of --ood-sets, clean and worst case (l2 1.0). A set
-that is p_0 itself is marked seen_in_p0: no evidence. The same command goes on after the last epoch;
-once trained, it samples, with other sampling flags too.
+that is p_0 itself is marked seen_in_p0: no evidence. IS and FID are against all ten classes,
+whatever --classes. The same command resumes after the last finished epoch; a finished run samples
+again, with other sampling flags too.
 
-Sources of the defaults: [official] xuwangyin/AT-EBMs, whose p_0, 80M Tiny Images, is withdrawn:
-CIFAR-100 is [our substitution], a .npy of your own possible; [assumed] our reading; [ours]. AT-EBMs
-differs in this: it drops an epoch's last batch, begins an epoch at each K, and never ends at
-K = 25; in mode ood it augments by AutoAugment and cutout, here crop and flip; it compares outliers
-with 1,024 test images, here all, and attacks by APGD, which raises f by 0.4 to 1.2 % more.
+Sources of the defaults: [official] the code of the paper, xuwangyin/AT-EBMs; [our substitution]:
+CIFAR-100 for its p_0, 80M Tiny Images, which are withdrawn (a .npy of your own is possible);
+[assumed] our reading; [ours] in neither. Where the official code differs: it drops an epoch's last
+batch; it begins an epoch at each K; it never ends at K = 25; in mode ood it augments by AutoAugment
+and cutout, not by crop and flip, compares outliers with 1,024 test images, not with all, and
+attacks them by APGD.
 """
 import argparse
 import json
@@ -62,6 +64,8 @@ def adversaries(f, x, x_0, K=25, J=5, step=0.1, step_pos=0.1, eps=math.inf, eps_
 
 def at_ebm_loss(f, x_pos, x_neg, r1=0.01):
     """BCE, the mean over all 2B logits, + r1 * R1 at x_pos -> loss, logits f_pos, f_neg [B, 1]."""
+    if not r1 >= 0:
+        raise ValueError(f"r1 must be >= 0, not {r1}")
     x_pos = x_pos.detach().requires_grad_(r1 > 0)
     f_pos, f_neg = f(x_pos), f(x_neg)  # two forwards: R1 goes through the first only
     loss = 0.5 * (F.softplus(-f_pos).mean() + F.softplus(f_neg).mean())  # -log D, -log(1 - D)
@@ -100,10 +104,11 @@ class Gate:
 
 
 def auc(positive, negative):
-    """P(positive > negative) + P(equal) / 2 of two sets of scores, exact. ValueError: a NaN."""
+    """P(positive > negative) + P(equal) / 2 of two sets of scores, exact. ValueError: none, a NaN.
+    """
     positive, negative = positive.flatten(), negative.flatten().sort().values
-    if positive.isnan().any() or negative.isnan().any():
-        raise ValueError("auc: scores that are NaN")
+    if len(positive) * len(negative) == 0 or positive.isnan().any() or negative.isnan().any():
+        raise ValueError("auc: no scores, or scores that are NaN")
     below = torch.searchsorted(negative, positive).sum()
     not_above = torch.searchsorted(negative, positive, right=True).sum()
     return (below + not_above).double() / (2 * len(positive) * len(negative))
@@ -145,7 +150,8 @@ def parse_args(argv=None):
     add("--positive-steps", type=count, default=5, help="J, in the control too [official]")
     add("--auc-threshold", type=fraction, default=0.8, help="of the gate [official]")
     add("--auc-window", type=positive, default=100, help="iterations [official]")
-    add("--epochs-per-step", type=positive, default=5, help="at most, at each K < last [official]")
+    add("--epochs-per-step", type=positive, default=5,
+        help="at most, at each K but the last [official]")
     add("--seed", type=count, default=0, help="of weights, data order and samples [official]")
     add("--limit", type=positive, default=50000, help="at most so many images of CIFAR-10's sets")
     add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
@@ -210,7 +216,8 @@ class Energy(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.train()
 
-    def train(self, mode=True):  # never: its batch norms are affines gamma x + beta [official]
+    def train(self, mode=True):
+        """Always eval mode, so that a batch norm is an affine gamma x + beta [official]."""
         return super().train(False)
 
     def forward(self, x):
@@ -223,7 +230,8 @@ def make_model(arch="resnet50"):
     if arch.startswith("small"):
         w = int(arch.removeprefix("small-"))
         return Energy(nn.Sequential(
-            nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),  # 3x3 leaves a grid
+            # 4x4: strided by two, 3x3 covers pixels unevenly, and samples show a grid
+            nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
             nn.Conv2d(w, 2 * w, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU(),
             nn.Conv2d(2 * w, 4 * w, 3, 2, 1, bias=False), nn.BatchNorm2d(4 * w), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 1)))
@@ -238,14 +246,14 @@ def make_model(arch="resnet50"):
 # ================================================================ train and evaluate
 def train(f, x_train, p_0, args):
     """Train f in place, from the last checkpoint up to --epochs -> the gate's K."""
-    if args.mode == "generation":  # [official], all of both
+    if args.mode == "generation":  # the settings of both branches: [official]
         optimizer = torch.optim.Adam(f.parameters(), args.lr, betas=(0.0, 0.99))
-        r1, first = 0.01, 0
+        r1, first_K = 0.01, 0
     else:
         optimizer = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, nesterov=True)
-        r1, first = 0.0, args.attack_steps
+        r1, first_K = 0.0, args.attack_steps
     most = args.epochs_per_step * math.ceil(len(x_train) / args.batch_size)
-    gate = Gate(first, args.attack_steps, args.auc_threshold, args.auc_window, most)
+    gate = Gate(first_K, args.attack_steps, args.auc_threshold, args.auc_window, most)
     attack = dict(J=args.positive_steps, step=args.attack_step_size, step_pos=args.attack_step_size,
                   eps=args.attack_eps, eps_pos=args.positive_eps, norm=args.norm)
     for epoch in range(resume(args, model=f, optimizer=optimizer, gate=gate), args.epochs):
@@ -256,7 +264,8 @@ def train(f, x_train, p_0, args):
             x_0 = to_float(p_0[torch.randint(len(p_0), batch.shape, device=args.device)])
             if not args.smoke:  # digits have a direction
                 x, x_0 = crop_flip(x), crop_flip(x_0)  # [official; mode ood: ours]
-            # the attacks only: two precisions of positives and negatives would be a cue for D
+            # bfloat16 for the attacks only: R1 needs float32 at the positives, and negatives in
+            # another precision than theirs would be a cue for D
             with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
                 x_pos, x_neg = adversaries(f, x, x_0, gate.K, **attack)
             loss, f_pos, f_neg = at_ebm_loss(f, x_pos, x_neg, r1)
@@ -279,7 +288,7 @@ def load_set(name, args, rest, train=False):
             raise ValueError("--classes leave no others")
         return rest
     if name == "noise":
-        generator = torch.Generator().manual_seed(args.seed + train)  # not the same images in both
+        generator = torch.Generator().manual_seed(2 * args.seed + int(train))  # one for each split
         size = (50000 if train else 10000, 3, 32, 32)
         return torch.randint(256, size, generator=generator, dtype=torch.uint8).to(args.device)
     if args.smoke and name in ("cifar100", "svhn"):
@@ -288,12 +297,12 @@ def load_set(name, args, rest, train=False):
 
 
 def load_all(args):
-    """Images of p_data to train on, p_0, test images of p_data, and of the others; and those to
-    translate, or None. All uint8 [N, 3, 32, 32]. ValueError: flags that ask for what is not there.
-    """
+    """x_train of p_data, p_0, x_data and x_rest (test images of --classes and of the others), and
+    the images to translate, or None; all uint8 [N, 3, 32, 32]. ValueError: flags that ask for what
+    is not there."""
     if args.translate_from in args.classes:
         raise ValueError(f"--translate-from {args.translate_from} is one of --classes")
-    if args.translate_from is None and args.sampler == ["translation"]:
+    if args.translate_from is None and set(args.sampler) == {"translation"}:
         raise ValueError("--sampler translation needs --translate-from")
     x_train, y_train, x_test, y_test = load_data(args)
     own = torch.tensor(args.classes, device=args.device)
@@ -330,7 +339,7 @@ def detect(f, x_data, x, images=1024, steps=100, eps=1.0):
     for batch in progress(x.split(256), "outliers"):
         worst.append(worst_case(logit(f), batch, steps, 2.5 * eps / steps, eps=eps, restarts=5)[1])
     f_data, f_x = scores(f, x_data), scores(f, x)
-    f_worst = torch.cat(worst).maximum(f_x)  # rounding may differ from call to call
+    f_worst = torch.cat(worst).maximum(f_x)  # x is among them, but for rounding
     return {"n": len(x), "auroc": auc(f_data, f_x).item(),
             "auroc_worst": auc(f_data, f_worst).item(), "eps": eps, "steps": steps}
 
@@ -357,14 +366,15 @@ def run(args):
         else:
             torch.manual_seed(args.seed)
             outliers[name] = detect(f, x_data, x, args.ood_images, args.ood_steps)
-            outliers[name]["seen_in_p0"] = Path(name) == Path(args.p0)
+            outliers[name]["seen_in_p0"] = Path(name).resolve() == Path(args.p0).resolve()
         print(f"outliers, {name}: {outliers[name]}")
 
     turns = torch.arange(args.num_samples, device=args.device) % len(p_0)
     starts = {"ascent": p_0[turns], "translation": sources}
     samples = {}
     for name in args.sampler:
-        if starts[name] is None:  # no --translate-from
+        if starts[name] is None:
+            print("no --translate-from: no translation")
             continue
         images, moved = sample(f, name, starts[name], args)
         path = f"{args.out}/samples_{name}"

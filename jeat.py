@@ -4,10 +4,10 @@ Zhu et al.: Towards Understanding the Generative Capability of Adversarially Rob
 ICCV 2021. With the classifier's logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k exp f(x)[k].
 
   training  max_theta E log p(x_adv, y) = E [ log p(y|x_adv) + log p(x_adv) ]
-  attack    d += s sign grad E(x + d, y), |d| <= eps, from a random d; x_adv = clamp(x + d)
+  attack    d += s sign grad E(x + d, y), |d| <= eps, from a random d; x + d stays in [0, 1]
   negative  x_K: K steps x += a grad log sum_k exp f(x)[k] + n xi, chains of a replay buffer
   loss      L = CE(x_adv, y) + E(x_adv) - E(x_K) = E(x_adv, y) - E(x_K)       nothing of clean x
-  sampling  SGLD: up log p(x|y) = f_y + const from Gaussians or noise, up log p(x) from the buffer
+  sampling  SGLD from Gaussians or noise on log p(x|y) = f_y + const, from the buffer on log p(x)
 
   python jeat.py                          the paper's run: CIFAR-10 (downloaded), WRN-28-10
   python jeat.py --method at --out runs/at         the paper's baseline: PGD-10 on CE, the same net
@@ -17,16 +17,18 @@ ICCV 2021. With the classifier's logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k
   python jeat.py --smoke --method at --attack-steps 0 --out runs/twin    the control: no attack
 
 Writes checkpoint.pt, log.jsonl, samples_{gaussian,noise,buffer}.{png,npz}, results.json to --out.
-The same command goes on after the last epoch; once trained, it samples, with other sampling flags
-too. log.jsonl: the loss's pieces, means over the updates; e_clean, E(x) of 250 clean train images;
-every five epochs their accuracy under PGD-20, for one step's attack can be overfitted. results.json
-has the flatness of the energy and, of each sampler, the quantiles of E(x). Chains are not clamped,
-the images in files are. A run that diverges, as JEM's do now and then, stops and says how to go on.
+The same command resumes after the last finished epoch; a finished run samples again, with other
+sampling flags too. log.jsonl holds the pieces of the loss, means over the updates; E(x) of 250
+clean train images as e_clean; and every five epochs the PGD-20 accuracy on those 250, because
+training can overfit to a one-step attack. results.json holds the flatness of the energy and, for
+each sampler, quantiles of E(x). Chains are not clamped, the images in files are. JEM-like training
+diverges now and then: the run then stops and says how to go on.
 
 Sources of the defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the
-code of Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading. Beside
-JEM: all 50,000 train images (there 45,000), the last batch too, no chain twice in a batch, warm-up
-from 1/1000 of the rate (there from 0), float noise clamped to [0, 1].
+code of Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading; [ours]
+in none of them. Differences from JEM's code: 50,000 train images, not 45,000; the last, smaller
+batch is used; no chain is twice in a batch; the warm-up begins at 1/1000 of the rate, not at 0; the
+noisy images are clamped to [0, 1], where the attack's start must be.
 """
 import argparse
 import json
@@ -61,12 +63,16 @@ def joint_energy(logits, y):
     return -take(at_least_float32(logits), y)
 
 
-def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, norm="linf", **attack):
+def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, norm="linf",
+              **attack):
     """L = E(x_adv, y) - E(x_K) of images x [B, 3, 32, 32] in [0, 1] with labels y [B], and its
-    pieces: the means of CE(x_adv, y), E(x_adv), E(x_K). attack: steps, step_size, eps. The chains
-    of buffer, a ReplayBuffer, move on here. Without one: CE and the first two, as PreJEAT with this
-    score, as AT with cross_entropy."""
-    with eval_mode(f):  # positive phase: where E(x, y) is high nearby
+    pieces: the means of CE(x_adv, y), E(x_adv), E(x_K).
+
+    buffer  a ReplayBuffer, whose chains move on here. None: the loss is CE(x_adv, y) alone, the
+            pieces CE and E(x_adv); that is PreJEAT with this score and AT with cross_entropy
+    attack  steps, step_size, eps: of `ascend`, as norm
+    """
+    with eval_mode(f):  # raise E(x, y), for AT the cross-entropy, in the ball around x
         x_adv = ascend(score(f, y), x, norm=norm, random_start=True, **attack)
     logits = at_least_float32(f(x_adv))
     ce = F.cross_entropy(logits, check_labels(y, logits))
@@ -74,7 +80,7 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
     if buffer is None:
         return ce, (ce, e_adv)
     x_0, idx = buffer.sample(len(x))
-    with eval_mode(f):  # negative phase: JEM's step 1 and noise 0.01 in [-1, 1]; no clamp
+    with eval_mode(f):  # not clamped. In [-1, 1] JEM's step is 1 and the noise 0.01: 1/4, 0.01/2
         x_k = sgld(log_p_x(f), x_0, sgld_steps, step_size=0.25, noise=0.005)
     buffer.update(idx, x_k)
     e_k = energy(f(x_k)).mean()
@@ -92,13 +98,15 @@ def sample(f, sampler, start, args):
     """--num-samples images uint8 [N, 3, 32, 32], the classes in turn, their labels [N], and their
     energies E(x) [N]. start: a function from the images' numbers to x_0."""
     torch.manual_seed(args.seed)
-    numbers, images, energies = torch.arange(args.num_samples, device=args.device), [], []
-    for i in progress(numbers.split(args.sample_batch_size), sampler):
-        x_0 = start(i)
-        score = SAMPLERS[sampler](f, i % 10)
+    numbers = torch.arange(args.num_samples, device=args.device)
+    images, energies = [], []
+    for batch in progress(numbers.split(args.sample_batch_size), sampler):
+        x_0, y = start(batch), batch % 10
+        score = SAMPLERS[sampler](f, y)
         with eval_mode(f), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            # no clamp, as for the negatives in training
             x = ascend(score, x_0, args.sample_steps, args.sample_step_size, eps=args.sample_eps,
-                       norm=args.sample_norm, noise=args.sample_noise, clamp=None)  # as in training
+                       norm=args.sample_norm, noise=args.sample_noise, clamp=None)
             with torch.no_grad():
                 energies.append(energy(f(x)))
         images.append(to_uint8(x))
@@ -110,7 +118,8 @@ def parse_args(argv=None):
     training = argparse.ArgumentParser(add_help=False)
     add = training.add_argument_group("training; a checkpoint belongs to these").add_argument
     add("--method", default="jeat", choices=("jeat", "prejeat", "at"),
-        help="[paper]; prejeat: our definition; at: steps 10 of 2/255 [assumed]")
+        help="[paper]; prejeat: our definition, CE at JEAT's x_adv, no log p(x); at: CE at its own "
+             "adversary; both without negatives and buffer")
     add("--arch", default="wrn-28-10", choices=("wrn-28-10", "wrn-16-8", "wrn-16-4", "wrn-16-2",
                                                 "wrn-10-2", "small-64", "small-32", "small-16"),
         help="wrn-D-W: depth, width [JEM]; small-W: three stages, of W, 2 W and 4 W channels")
@@ -120,9 +129,11 @@ def parse_args(argv=None):
         help="x 0.3 at these fractions of --epochs [JEM]")
     add("--norm", default="linf", choices=("linf", "l2"), help="of ball and step [secondary]")
     add("--attack-eps", type=number, default=8 / 255, help="radius, pixels in [0, 1] [assumed]")
-    add("--attack-steps", type=count, default=1, help="0: no attack [secondary]")
-    add("--attack-step-size", type=number, default=8 / 255, help="eps, for one step [secondary]")
-    add("--sgld-steps", type=count, default=20, help="K of the negatives [JEM]")
+    add("--attack-steps", type=count, default=1,
+        help="[secondary]; at: 10 [assumed]; 0: no attack, the control")
+    add("--attack-step-size", type=number,
+        help="pixels in [0, 1]; default: --attack-eps [secondary]; at: a quarter of it [assumed]")
+    add("--sgld-steps", type=positive, default=20, help="K of the negatives [JEM]")
     add("--buffer-size", type=positive, default=10000, help="chains, at least a batch [JEM]")
     add("--seed", type=count, default=0, help="of weights, data order, attacks, chains and samples")
     add("--limit", type=positive, default=50000, help="at most so many images of each set")
@@ -134,13 +145,13 @@ def parse_args(argv=None):
     add("--epochs", type=positive, default=200, help="[JEM]")
     add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
     add("--out", default="runs/jeat", help="folder of the run")
-    add("--device", default=DEVICES[0], choices=DEVICES)
+    add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="buffer: of --method jeat only")
     add("--start", default="class", metavar="KIND",
-        help="class: a Gaussian of each [secondary]; pooled: one of all; fields: random colours; "
-             "cifar100, svhn or a .npy: images [ours, from pooled on]")
+        help="of gaussian. class: a Gaussian of each [secondary]; pooled: one of all [ours]; "
+             "fields: random colours [ours]; cifar100, svhn or a .npy: images [ours]")
     add("--seed-split", default="train", choices=("train", "test"),
         help="the Gaussians' images [ours, so that no test image enters]")
     add("--num-samples", type=positive, default=50000, help="of each sampler [assumed]")
@@ -151,6 +162,7 @@ def parse_args(argv=None):
         help="none: the raw gradient [secondary]")
     add("--sample-noise", type=number, default=0.005, help="standard deviation per step [JEM]")
     add("--sample-batch-size", type=positive, default=500, help="images moved together")
+
     no_buffer = dict(sampler=["gaussian", "noise"])
     small = dict(
         out="runs/jeat-small", arch="small-32", epochs=24, lr=1e-3, sgld_steps=5, buffer_size=5000,
@@ -158,10 +170,12 @@ def parse_args(argv=None):
     smoke = dict(
         out="runs/jeat-smoke", arch="small-16", epochs=6, batch_size=32, lr=3e-3, sgld_steps=5,
         buffer_size=100, sample_steps=60, num_samples=100)
-    return read_flags(training, running, argv, [
-        ({"method": "prejeat"}, no_buffer), ({"method": "at"}, no_buffer),
-        ({"method": "at"}, dict(attack_steps=10, attack_step_size=2 / 255)),
+    args = read_flags(training, running, argv, [
+        ({"method": "prejeat"}, no_buffer), ({"method": "at"}, no_buffer | dict(attack_steps=10)),
         ({"small": True}, small), ({"smoke": True}, smoke)])
+    if args.attack_step_size is None:
+        args.attack_step_size = args.attack_eps / (4 if args.method == "at" else 1)
+    return args
 
 
 # ================================================================ model
@@ -198,7 +212,7 @@ class WideResNet(nn.Module):
 
     def forward(self, x):
         h = at_least_float32(self.features(2 * x - 1))
-        with torch.autocast(x.device.type, enabled=False):  # else energies would have 8 bits
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has 8 bits for an energy
             return self.head(h)
 
 
@@ -214,8 +228,8 @@ def make_model(arch="wrn-28-10"):
 
 # ================================================================ train and evaluate
 def learning_rate(args, epoch, i, updates):
-    """Of update i of an epoch of so many: warm-up over 1000 of them, at most a tenth of all [JEM;
-    the tenth: ours]; x 0.3 at --lr-drops."""
+    """At update i of an epoch, of so many updates: a linear warm-up over the first 1000 [JEM], or
+    over the first tenth of the training if that is less [ours]; x 0.3 at --lr-drops."""
     warmup = min(1000, args.epochs * updates / 10)
     drops = sum(epoch >= drop * args.epochs for drop in args.lr_drops)
     return args.lr * 0.3 ** drops * min(1, (epoch * updates + i + 1) / warmup)
@@ -231,10 +245,10 @@ def train(f, buffer, x_train, y_train, args):
     for epoch in range(resume(args, **parts), args.epochs):
         try:
             figures = train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args)
-        except ValueError as e:  # a NaN in an attack, a chain, the loss
+        except ValueError as e:  # a NaN in an attack or a chain; too large a loss
             keeps = f"--epochs {epoch} samples from the checkpoint before it; " if epoch > 0 else ""
-            raise ValueError(f"training diverged in epoch {epoch + 1} ({e}): {keeps}"
-                             "a smaller --lr or another --seed needs another --out") from e
+            raise ValueError(f"training diverged in epoch {epoch + 1} ({e}): {keeps}a smaller --lr "
+                             "or another --seed needs another --out") from e
         log(args, epoch=epoch + 1, **figures)
         save_checkpoint(args, epoch + 1, **parts)
 
@@ -252,8 +266,8 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
         optimizer.param_groups[0]["lr"] = lr
         x, y = to_float(x_train[batch]), y_train[batch]
         if not args.smoke:  # digits have a direction
-            x = crop_flip(x, mode="reflect")  # [JEM], as the noise
-        x = (x + 0.015 * torch.randn_like(x)).clamp(0, 1)  # the attack's box [assumed]
+            x = crop_flip(x, mode="reflect")  # [JEM]
+        x = (x + 0.015 * torch.randn_like(x)).clamp(0, 1)  # noise [JEM], clamp [assumed]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             loss, pieces = jeat_loss(f, x, y, buffer, score, args.sgld_steps, **attack)
         optimizer.zero_grad()
@@ -266,7 +280,7 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
     with eval_mode(f), torch.no_grad():
         e_clean = energy(f(x)).mean()
     largest = torch.cat([values.flatten(), e_clean[None]]).abs().max().item()
-    if not largest <= 1e8:  # nor is NaN
+    if math.isnan(largest) or largest > 1e8:
         raise ValueError(f"a loss or an energy of size {largest:.3g}")
     figures = dict(zip(("loss", "ce", "e_adv", "e_k"), values.mean(0).tolist()))
     figures["e_clean"] = e_clean.item()
@@ -276,7 +290,8 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
 
 
 def pgd20(args):
-    """PGD-20 from the clean image, 2/255 a step at 8/255; the last iterate [assumed]."""
+    """PGD-20 from the clean image, steps of eps / 4, so 2/255 at 8/255; the last iterate [assumed].
+    """
     eps = args.attack_eps
     return dict(steps=20, step_size=eps / 4, eps=eps, norm=args.norm)
 
