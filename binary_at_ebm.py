@@ -197,7 +197,7 @@ def parse_args(argv=None):
         ood_sets=["noise", "rest"], ood_images=50, ood_steps=5)
     smoke_ood = dict(
         epochs=20, lr=0.05, attack_steps=5, attack_eps=2.0, positive_eps=0.5)
-    return read_flags(training, running, argv, [
+    return read_flags(training, running, argv, [  # later ones win, and what is given wins
         ({"mode": "ood"}, ood),
         ({"small": True}, small), ({"small": True, "mode": "ood"}, small_ood),
         ({"smoke": True}, smoke), ({"smoke": True, "mode": "ood"}, smoke_ood)])
@@ -256,7 +256,8 @@ def train(f, x_train, p_0, args):
     gate = Gate(first_K, args.attack_steps, args.auc_threshold, args.auc_window, most)
     attack = dict(J=args.positive_steps, step=args.attack_step_size, step_pos=args.attack_step_size,
                   eps=args.attack_eps, eps_pos=args.positive_eps, norm=args.norm)
-    for epoch in range(resume(args, model=f, optimizer=optimizer, gate=gate), args.epochs):
+    done = resume(args, model=f, optimizer=optimizer, gate=gate)
+    for epoch in range(done, args.epochs):
         losses, areas = [], []
         batches = torch.randperm(len(x_train), device=args.device).split(args.batch_size)
         for batch in progress(batches, f"epoch {epoch + 1}/{args.epochs}, K {gate.K}"):
@@ -366,7 +367,8 @@ def run(args):
         else:
             torch.manual_seed(args.seed)
             outliers[name] = detect(f, x_data, x, args.ood_images, args.ood_steps)
-            outliers[name]["seen_in_p0"] = Path(name).resolve() == Path(args.p0).resolve()
+            same = Path(name).resolve() == Path(args.p0).resolve()  # of names as of .npy files
+            outliers[name]["seen_in_p0"] = same
         print(f"outliers, {name}: {outliers[name]}")
 
     turns = torch.arange(args.num_samples, device=args.device) % len(p_0)
@@ -477,7 +479,7 @@ def resume(args, **parts):
     if args.epochs < done:
         raise ValueError(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        print(f"--epochs was {planned}: from here on the schedule is that of {args.epochs}")
+        print(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -576,7 +578,8 @@ def main(argv=None):
         text = json.dumps(results, indent=2, allow_nan=False)
         Path(args.out, "results.json").write_text(text)
     except KeyboardInterrupt:
-        stop("interrupted; with an --out, the same command resumes after the last epoch", code=130)
+        stop("interrupted; the same command resumes after the last epoch (--smoke: with an --out of "
+             "its own)", code=130)
     except (OSError, ValueError) as e:
         stop(e)
     except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors

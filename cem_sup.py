@@ -8,7 +8,8 @@ Ability of Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, f the cla
             log p(x), biased by the last term
   outer     grad_theta E log p(x, y) = E grad_theta [ f(x, y) - f(x_hat, y) ]         consistency
                                      + E grad_theta [ f(x_hat, y) - f(x_hat, y_hat) ] contrastive
-            with y_hat ~ p(y|x_hat) the second is -grad_theta CE(x_hat, y): AT descends it alone
+            with y_hat ~ p(y|x_hat) the second is -grad_theta CE(x_hat, y): AT follows this term
+            alone and drops the first
   sampling  ascend log p(y|x) (TA), log p(x) (Langevin), log p(x|y) (CS), f_y + LSE f (RCS)
 
   python cem_sup.py                       the paper's run: CIFAR-10 (downloaded), ResNet-50
@@ -17,8 +18,8 @@ Ability of Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, f the cla
   python cem_sup.py --attack-steps 0 --out runs/twin             the control: no attack
 
 Writes checkpoint.pt, log.jsonl, samples_{ta,langevin,cs,rcs}.{png,npz} and results.json to --out.
-The same command resumes after the last finished epoch; a finished run samples again, with other
-sampling flags too.
+The same command resumes after the last finished epoch (--smoke: with an --out of its own); a
+finished run samples again, with other sampling flags too.
 
 Sources of the defaults: [paper] the slides; [robustness] MadryLab/robustness, on which the paper
 builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019, and their released net; [assumed]
@@ -52,7 +53,7 @@ def at_loss(f, x, y, **attack):
     attack: steps, step_size, eps, norm."""
     ce = cross_entropy(f, y)
     with eval_mode(f):  # inner: CE = LSE f - f_y is log p(x), up to a constant, and its bias
-        x_hat = ascend(ce, x, random_start=True, **attack)
+        x_hat = ascend(ce, x, random_start=True, **attack)  # x itself for steps = 0
     return ce(x_hat).mean()  # outer: minus the likelihood's contrastive term
 
 
@@ -98,7 +99,7 @@ def parse_args(argv=None):
     add("--attack-eps", type=number, default=0.5,
         help="radius, pixels in [0, 1] [assumed: Santurkar]")
     add("--attack-steps", type=count, default=7,
-        help="[assumed: Santurkar], as the random start; 0: no attack, the control")
+        help="0: no attack, no random start either, the control [assumed: Santurkar, as the start]")
     add("--attack-step-size", type=number, default=0.1,
         help="pixels in [0, 1] [assumed: Santurkar]")
     add("--seed", type=count, default=0, help="of weights, data order, attacks and samples")
@@ -187,7 +188,8 @@ def train(f, x_train, y_train, args):
                                 weight_decay=5e-4)  # [robustness], both
     attack = dict(steps=args.attack_steps, step_size=args.attack_step_size, eps=args.attack_eps,
                   norm=args.norm)
-    for epoch in range(resume(args, model=f, optimizer=optimizer), args.epochs):
+    done = resume(args, model=f, optimizer=optimizer)
+    for epoch in range(done, args.epochs):
         f.train()
         losses = []
         batches = torch.randperm(len(x_train), device=args.device).split(args.batch_size)
@@ -321,7 +323,7 @@ def resume(args, **parts):
     if args.epochs < done:
         raise ValueError(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        print(f"--epochs was {planned}: from here on the schedule is that of {args.epochs}")
+        print(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -420,7 +422,8 @@ def main(argv=None):
         text = json.dumps(results, indent=2, allow_nan=False)
         Path(args.out, "results.json").write_text(text)
     except KeyboardInterrupt:
-        stop("interrupted; with an --out, the same command resumes after the last epoch", code=130)
+        stop("interrupted; the same command resumes after the last epoch (--smoke: with an --out of "
+             "its own)", code=130)
     except (OSError, ValueError) as e:
         stop(e)
     except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors

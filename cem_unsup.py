@@ -317,7 +317,8 @@ def train(g, x_train, args):
     views = dict(crop_area=args.crop_area, jitter=args.jitter, gray=args.gray,
                  flip=not args.smoke)  # digits have a direction
     whole = len(x_train) // args.batch_size * args.batch_size  # a smaller last batch is left out
-    for epoch in range(resume(args, model=g, optimizer=optimizer), args.epochs):
+    done = resume(args, model=g, optimizer=optimizer)
+    for epoch in range(done, args.epochs):
         g.train()
         losses = []
         order = torch.randperm(len(x_train), device=args.device)
@@ -471,7 +472,7 @@ def resume(args, **parts):
     if args.epochs < done:
         raise ValueError(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        print(f"--epochs was {planned}: from here on the schedule is that of {args.epochs}")
+        print(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -570,7 +571,8 @@ def main(argv=None):
         text = json.dumps(results, indent=2, allow_nan=False)
         Path(args.out, "results.json").write_text(text)
     except KeyboardInterrupt:
-        stop("interrupted; with an --out, the same command resumes after the last epoch", code=130)
+        stop("interrupted; the same command resumes after the last epoch (--smoke: with an --out of "
+             "its own)", code=130)
     except (OSError, ValueError) as e:
         stop(e)
     except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors

@@ -49,7 +49,7 @@ from torchvision.datasets import CIFAR10
 
 from samplers import (ReplayBuffer, accuracy, ascend, at_least_float32, check_labels, crop_flip,
                       cross_entropy, eval_mode, joint_energy_score, log_p_x, log_p_x_given_y,
-                      save_samples, sgld, starts, steepest, take, to_float, to_uint8)
+                      save_samples, sgld, starts, take, to_float, to_uint8)
 
 
 # ================================================================ the method
@@ -70,7 +70,7 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
 
     buffer  a ReplayBuffer, whose chains move on here. None: the loss is CE(x_adv, y) alone, the
             pieces CE and E(x_adv); that is PreJEAT with this score and AT with cross_entropy
-    attack  steps, step_size, eps: of `ascend`, as norm
+    norm, attack  of `ascend`; attack: steps, step_size, eps
     """
     with eval_mode(f):  # raise E(x, y), for AT the cross-entropy, in the ball around x
         x_adv = ascend(score(f, y), x, norm=norm, random_start=True, **attack)
@@ -87,7 +87,7 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
     return joint_energy(logits, y).mean() - e_k, (ce, e_adv, e_k)  # = CE + E(x_adv) - E(x_K)
 
 
-SAMPLERS = {
+SAMPLERS = {  # the scores; the starts are in `run`
     "gaussian": log_p_x_given_y,  # from --start
     "noise": log_p_x_given_y,  # from uniform noise
     "buffer": lambda f, y: log_p_x(f),  # from the chains of training, which have no class
@@ -132,7 +132,7 @@ def parse_args(argv=None):
     add("--attack-steps", type=count, default=1,
         help="[secondary]; at: 10 [assumed]; 0: no attack, the control")
     add("--attack-step-size", type=number,
-        help="pixels in [0, 1]; default: --attack-eps [secondary]; at: a quarter of it [assumed]")
+        help="pixels in [0, 1]; None: --attack-eps [secondary], at: a quarter of it [assumed]")
     add("--sgld-steps", type=positive, default=20, help="K of the negatives [JEM]")
     add("--buffer-size", type=positive, default=10000, help="chains, at least a batch [JEM]")
     add("--seed", type=count, default=0, help="of weights, data order, attacks, chains and samples")
@@ -232,8 +232,8 @@ def make_model(arch="wrn-28-10"):
 
 # ================================================================ train and evaluate
 def learning_rate(args, epoch, i, updates):
-    """At update i of an epoch, of so many updates: a linear warm-up over the first 1000 [JEM], or
-    over the first tenth of the training if that is less [ours]; x 0.3 at --lr-drops."""
+    """At update i of this epoch, which has so many `updates`: a linear warm-up over the first 1000
+    [JEM], or over the first tenth of the training if that is less [ours]; x 0.3 at --lr-drops."""
     warmup = min(1000, args.epochs * updates / 10)
     drops = sum(epoch >= drop * args.epochs for drop in args.lr_drops)
     return args.lr * 0.3 ** drops * min(1, (epoch * updates + i + 1) / warmup)
@@ -246,7 +246,8 @@ def train(f, buffer, x_train, y_train, args):
     parts = dict(model=f, optimizer=optimizer)
     if buffer is not None:
         parts["buffer"] = buffer
-    for epoch in range(resume(args, **parts), args.epochs):
+    done = resume(args, **parts)
+    for epoch in range(done, args.epochs):
         try:
             figures = train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args)
         except ValueError as e:  # a NaN in an attack or a chain; too large a loss
@@ -311,7 +312,7 @@ def flatness(f, x, y, args):
     """
     torch.manual_seed(args.seed)
     radii = [0, 0.25, 0.5, 1, 2, 4, 8, 16]
-    u = steepest(torch.randn_like(x), "l2")
+    u = F.normalize(torch.randn_like(x).flatten(1)).view_as(x)
     with eval_mode(f):
         e_xy = torch.stack([joint_energy(f(x + r * u), y) for r in radii])  # [R, N]
         x_adv = ascend(cross_entropy(f, y), x, **pgd20(args))
@@ -334,7 +335,9 @@ def run(args):
         raise ValueError(f"--buffer-size {args.buffer_size} is below --batch-size")
     x_train, y_train, x_test, y_test = load_data(args)
     split = (x_test, y_test) if args.seed_split == "test" else (x_train, y_train)
-    draw_start = starts(args.start, *split, root=args.data)
+    draw_start = None
+    if "gaussian" in args.sampler:
+        draw_start = starts(args.start, *split, root=args.data)
     torch.manual_seed(args.seed)
     f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     buffer = None
@@ -358,6 +361,8 @@ def run(args):
         labels = None if name == "buffer" else labels
         save_samples(f"{args.out}/samples_{name}", images, labels)
         samples[name] = {"n": len(images), "e_x": quantiles(energies)}
+    if "buffer" in samples:
+        samples["buffer"]["chains"] = len(buffer.x)  # fewer than n: each is continued several times
     return {"accuracy": robustness, "flatness": flat, "samples": scored(args, samples)}
 
 
@@ -452,7 +457,7 @@ def resume(args, **parts):
     if args.epochs < done:
         raise ValueError(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        print(f"--epochs was {planned}: from here on the schedule is that of {args.epochs}")
+        print(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -551,7 +556,8 @@ def main(argv=None):
         text = json.dumps(results, indent=2, allow_nan=False)
         Path(args.out, "results.json").write_text(text)
     except KeyboardInterrupt:
-        stop("interrupted; with an --out, the same command resumes after the last epoch", code=130)
+        stop("interrupted; the same command resumes after the last epoch (--smoke: with an --out of "
+             "its own)", code=130)
     except (OSError, ValueError) as e:
         stop(e)
     except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors

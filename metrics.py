@@ -78,7 +78,8 @@ def gaussian_statistics(features):
         raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
     x = features.double()
     check_finite(x, "features")
-    return x.mean(0), torch.cov(x.T, correction=1).view(x.shape[1], x.shape[1])
+    covariance = torch.cov(x.T, correction=1)
+    return x.mean(0), covariance.view(x.shape[1], x.shape[1])  # of one feature it is a scalar
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -91,8 +92,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu2, sigma2 = as_gaussian(mu2, sigma2)
     if len(mu1) != len(mu2):
         raise ValueError(f"the two are of {len(mu1)} and {len(mu2)} features")
-    # With S = R R^T and M = R1^T R2, S1 S2 has the eigenvalues of M M^T: the squares of M's
-    # singular values, whose sum is the trace of the root.
+    # With S = R R^T and M = R1^T R2, the nonzero eigenvalues of S1 S2 are those of M M^T, the
+    # squared singular values of M. So tr (S1 S2)^(1/2) is the sum of M's singular values.
     root1 = covariance_root(sigma1)
     root2 = covariance_root(sigma2)
     trace = torch.linalg.svdvals(root1.T @ root2).sum()
@@ -109,7 +110,7 @@ def covariance_root(sigma):
     largest = values.abs().max()
     if values[0] < -ROUNDING * largest:
         raise ValueError(f"sigma is no covariance: it has the eigenvalue {values[0]:.2g}")
-    # An eigenvalue below this is zero up to rounding: 1e-16 off, of which the root makes 1e-8.
+    # Eigenvalues that are zero but for rounding are dropped: the root would make 1e-8 of 1e-16.
     threshold = len(sigma) * torch.finfo(torch.float64).eps * largest
     positive = values > threshold
     return vectors[:, positive] * values[positive].sqrt()
@@ -324,7 +325,7 @@ def true_float32():
     matmul = torch.get_float32_matmul_precision()
     try:
         cudnn = backends.cudnn.allow_tf32
-    except RuntimeError:  # it contradicts the new ones, all "none" by now: so it is True
+    except RuntimeError:  # "none", as the new ones are by now, is no TF32: only True contradicts it
         cudnn = True
     dtype = torch.get_default_dtype()
     try:
@@ -380,7 +381,7 @@ def score(paths, data="./data", reference=None, weights=None, device="cpu", batc
         result = {"file": str(path)}
         result.update(evaluate(images, (mu, sigma), net, batch_size, str(path)))
         result["weights"] = net.weights_hash
-        if few and "warning" in result:
+        if few and len(images) < ENOUGH_IMAGES:
             result["warning"] = "fewer than 2,048 images and reference images: biased FID"
         elif few:
             result["warning"] = "fewer than 2,048 reference images: biased FID"

@@ -8,10 +8,10 @@ differ in the score, the start x_0 and (step_size, eps, noise, steps), in nothin
 form of Wang et al., ICLR 2022 (CEM), which covers Zhu et al., ICCV 2021 (JEAT), and Yin et al.,
 ECCV 2022 (AT-EBM), too.
 
-Conventions: images are float32 [B, C, H, W] in [0, 1]; eps, steps and noise are in that space;
+Conventions: images are float32 [B, C, H, W] in [0, 1]; eps, step_size and noise are in that space;
 logits f(x) are [B, K], labels y [B]; E(x, y) = -f(x)[y] and E(x) = -log sum_k exp f(x)[k]. A score
 maps x [B, ...] to [B] and is *increased*: a log-density up to a constant. Attacks and samplers run
-inside `with eval_mode(f)`. What is not finite, not in [0, 1] or not a label is a ValueError.
+inside `with eval_mode(f)`. Numbers that are not finite and labels of no class are a ValueError.
 """
 import math
 import os
@@ -261,7 +261,9 @@ def info_nce(g, positive, temperature, other_positives=True):
     other_positives  False drops the last sum: CEM's PGD sampler, with positive = x_0
     """
     if positive is not None:
-        with torch.enable_grad():  # not no_grad: older autocasts keep weights cast without a graph
+        # Under no_grad, older autocasts would cache the weights' casts without a graph, and the loss,
+        # in the same autocast, would give the weights no gradient.
+        with torch.enable_grad():
             z_prime = _unit(g(positive)).detach()
 
     def score(x):
@@ -273,14 +275,14 @@ def info_nce(g, positive, temperature, other_positives=True):
                 raise ValueError(f"two views of each image, not {len(z)} samples")
             other_view = torch.cat([z[len(z) // 2:], z[:len(z) // 2]])
             f_positive = (z * other_view).sum(1, keepdim=True) / temperature
-            terms = [_similarity(z, z, temperature)]  # holds the positive
+            terms = [_similarity_to_others(z, z, temperature)]  # holds the positive
         else:
             if z.shape != z_prime.shape:
                 raise ValueError(f"{len(z_prime)} positives for {len(z)} samples")
             f_positive = (z * z_prime).sum(1, keepdim=True) / temperature
-            terms = [f_positive, _similarity(z, z, temperature)]
+            terms = [f_positive, _similarity_to_others(z, z, temperature)]
             if other_positives:
-                terms.append(_similarity(z, z_prime, temperature))  # without f_ii', the first term
+                terms.append(_similarity_to_others(z, z_prime, temperature))  # without f_ii', the first term
         return (torch.cat(terms, 1).logsumexp(1, keepdim=True) - f_positive).squeeze(1)
     return score
 
@@ -292,7 +294,7 @@ def entropy(g, temperature):
         if len(x) < 2:
             raise ValueError("the entropy of a batch needs at least two samples")
         z = _unit(g(x))
-        return -_similarity(z, z.detach(), temperature).logsumexp(1)
+        return -_similarity_to_others(z, z.detach(), temperature).logsumexp(1)
     return score
 
 
@@ -300,7 +302,7 @@ def _unit(z):
     return F.normalize(at_least_float32(z), dim=1)
 
 
-def _similarity(z, others, temperature):
+def _similarity_to_others(z, others, temperature):
     """z_i . others_j / temperature [B, M], without autocast; -inf where j = i: it is left out."""
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, not {temperature}")
@@ -343,8 +345,8 @@ class Gaussians(NamedTuple):
         device = self.mean.device
         if self.pooled:
             labels = torch.zeros_like(labels)  # one Gaussian for all
-        one_hot = torch.zeros(len(labels), len(self.rows), device=device)  # for its shape
-        labels = check_labels(labels, one_hot, wait=True)
+        logits = torch.empty(len(labels), len(self.rows))  # check_labels reads its shape only
+        labels = check_labels(labels, logits, wait=True)
         x = self.mean.float()[labels].flatten(1)
         for c in labels.unique().tolist():
             i = (labels == c).nonzero().squeeze(1)
@@ -490,8 +492,9 @@ def to_uint8(x):
 def crop_flip(x, pad=4, mode="constant"):
     """A random crop of each padded image of x [B, C, S, S], flipped with probability 1/2."""
     size, each = x.shape[-1], torch.arange(len(x), device=x.device)
-    crops = F.pad(x, (pad,) * 4, mode).unfold(2, size, 1).unfold(3, size, 1)  # all, as a view:
-    row, column = torch.randint(2 * pad + 1, (2, len(x)), device=x.device)  # [B, C, 9, 9, S, S]
+    # every crop, as a view: [B, C, 2 pad + 1, 2 pad + 1, S, S]
+    crops = F.pad(x, (pad,) * 4, mode).unfold(2, size, 1).unfold(3, size, 1)
+    row, column = torch.randint(2 * pad + 1, (2, len(x)), device=x.device)
     x = crops[each, :, row, column]  # [B, C, S, S]
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
