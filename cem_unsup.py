@@ -7,21 +7,22 @@ with unit g.
   training  min_theta E max_{|x_hat - x| <= eps} NCE(x_hat, x')       x, x': two views of an image
             NCE(x, x') = -log [ exp f(x, x') / sum_j exp f(x, x_j) ]      j: x', all other views
   MaxEnt    N samples move together to raise H = -1/N sum_i log 1/N sum_j exp f(x_i, x_j), each
-            along grad -log sum_{j != i} exp f(x_i, sg[x_j]); sg: held, so this is not quite grad H
-  PGD       as the attack: each ascends NCE(x_i, start_i) among the samples. MaxEnt's repel each
-            other, these attract
+            along grad -log sum_{j != i} exp f(x_i, sg[x_j]). sg: held constant, so that x_i's part
+            in the other samples' terms is left out, and this is not quite grad H
+  PGD       the training's attack as a sampler: x_i leaves its start, the positive, and nears the
+            other samples. MaxEnt's samples repel each other, PGD's attract each other
 
   python cem_unsup.py                     the paper's run: CIFAR-10 (downloaded), ResNet-50
   python cem_unsup.py --small             CIFAR-10 on a CPU: a small net, a short schedule
   python cem_unsup.py --smoke             drawn digits, no data: under a minute on two CPU cores
   python cem_unsup.py --attack-steps 0 --out runs/twin           the control: no attack
   python cem_unsup.py --attack-views one --norm l2 --attack-eps 0.5 --attack-steps 7 \\
-      --attack-step-size 0.1 --out runs/one        the formula to the letter, supervised CEM's ball
+      --attack-step-size 0.1 --out runs/one        the formula's attack, in supervised CEM's ball
 
 Writes checkpoint.pt, log.jsonl, samples_{maxent,pgd}-{uncond,cond}.{png,npz} and results.json to
 --out: accuracy is a linear probe's, on the features before the projector; entropy is the batches'
-H before and after. The same command goes on after the last epoch; once trained, it samples, with
-other sampling flags too. Labels are used by the probe and by class-wise starts only.
+H before and after. The same command resumes after the last finished epoch; a finished run
+samples again, with other sampling flags too. Only the probe and class-wise starts use labels.
 
 Sources of the defaults: [paper] the slides; [memory] of the paper: the loss, MaxEnt; [ACL] Jiang et
 al., NeurIPS 2020, code, on which the paper builds; [DynACL] Luo et al., ICLR 2023, by CEM's first
@@ -58,13 +59,15 @@ def nt_xent(z1, z2, temperature):
     """NT-Xent of two views z1, z2 [B, D], of any length: NCE of each of the 2B against the rest."""
     if z1.shape != z2.shape:
         raise ValueError(f"two views of the same images, not {list(z1.shape)}, {list(z2.shape)}")
-    score = info_nce(nn.Identity(), None, temperature)  # the attack's
+    score = info_nce(nn.Identity(), None, temperature)  # rows i and i + B: the views of an image
     return score(torch.cat([z1, z2])).mean()
 
 
 def cem_loss(g, x, x_prime, tau, views="both", **attack):
     """max_{|x_hat - x| <= eps} NCE(x_hat, x') of two views x, x' [B, 3, 32, 32] in [0, 1] of each
     image. views: "both" are moved, or "one". attack: steps, step_size, eps, norm."""
+    if x.shape != x_prime.shape or views not in ("both", "one"):
+        raise ValueError(f"{list(x.shape)} and {list(x_prime.shape)} as views; {views!r} moved")
     with eval_mode(g):
         if views == "both":
             pair = torch.cat([x, x_prime])
@@ -78,7 +81,8 @@ def cem_loss(g, x, x_prime, tau, views="both", **attack):
 
 SAMPLERS = {
     "maxent": lambda g, x_0, tau: entropy(g, tau),  # [memory]
-    "pgd": lambda g, x_0, tau: info_nce(g, x_0, tau, other_positives=False),  # [assumed]
+    # the positive is the sample's start, the negatives are the other samples [assumed]
+    "pgd": lambda g, x_0, tau: info_nce(g, x_0, tau, other_positives=False),
 }
 STARTS = {"pooled": "uncond", "class": "cond", "fields": "fields"}  # [paper]'s names; fields: ours
 
@@ -87,8 +91,10 @@ def sample(g, sampler, start, args):
     """--num-samples images uint8 [N, 3, 32, 32], the labels [N] of their starts, and the batches'
     mean entropy before and after. start: a function from labels to x_0."""
     torch.manual_seed(args.seed)  # all samplers begin at the same points
-    labels, images, entropies = torch.arange(args.num_samples, device=args.device) % 10, [], []
-    tau, n_batches = args.temperature, math.ceil(len(labels) / args.sample_batch_size)
+    labels = torch.arange(args.num_samples, device=args.device) % 10
+    images, entropies = [], []
+    tau = args.temperature
+    n_batches = math.ceil(len(labels) / args.sample_batch_size)  # equal ones: H depends on N
     for y in progress(labels.tensor_split(n_batches), sampler):
         x_0 = start(y)
         with eval_mode(g), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
@@ -125,7 +131,8 @@ def parse_args(argv=None):
     add("--gray", type=fraction, default=0.2, help="share of the views that are gray [ACL]")
     add("--attack-views", default="both", choices=("both", "one"),
         help="the views that are moved [ACL, DynACL; the formula: one]")
-    add("--norm", default="linf", choices=("l2", "linf"), help="of ball and step [ACL, DynACL]")
+    add("--norm", default="linf", choices=("l2", "linf"),
+        help="of ball and step [ACL, DynACL]; l2 needs another --attack-eps and step size")
     add("--attack-eps", type=number, default=8 / 255, help="radius, pixels in [0, 1] [ACL, DynACL]")
     add("--attack-steps", type=count, default=5, help="0: the control [ACL, DynACL]")
     add("--attack-step-size", type=number, default=2 / 255, help="[ACL, DynACL]")
@@ -194,7 +201,8 @@ def make_model(arch="resnet50"):
     if arch.startswith("small"):
         w = int(arch.removeprefix("small-"))
         return Encoder(nn.Sequential(
-            nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),  # 3x3 leaves a grid
+            # 4x4: strided by two, 3x3 covers pixels unevenly, and samples show a grid
+            nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
             stage(w, w, 1), stage(w, 2 * w, 2), stage(2 * w, 4 * w, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten()), width=4 * w)
     net = {"resnet18": resnet18, "resnet50": resnet50}[arch]()
@@ -233,13 +241,13 @@ def augment(x, crop_area=0.1, jitter=0.5, gray=0.2, flip=True):
     x = resized_crop(x, *random_boxes(len(x), x.shape[-1], crop_area, x.device))
     if flip:
         x = torch.where(uniform(0, 1) < 0.5, x.flip(3), x)
-    jittered = uniform(0, 1) < 0.8
+    strength = torch.where(uniform(0, 1) < 0.8, jitter, 0.0)  # 0: this image keeps its colours
     for i in torch.randperm(4).tolist():
         if i < 3:
             change = (brightness, contrast, saturation)[i]
-            x = change(x, 1 + jittered * uniform(-0.8, 0.8) * jitter)
+            x = change(x, 1 + strength * uniform(-0.8, 0.8))
         else:
-            x = hue(x, jittered * uniform(-0.2, 0.2) * jitter)
+            x = hue(x, strength * uniform(-0.2, 0.2))
     return torch.where(uniform(0, 1) < gray, rgb_to_grayscale(x), x)
 
 
@@ -252,7 +260,8 @@ def random_boxes(n, size, least_area, device):
     area = size ** 2 * uniform(least_area, 1, 10)
     ratio = uniform(-math.log(4 / 3), math.log(4 / 3), 10).exp()
     tries = torch.stack([area / ratio, area * ratio], 2).sqrt().round()  # [n, 10, 2]
-    first = (tries.amax(2) <= size).int().argmax(1)  # a box in 10^8 fits at no try: it is cut off
+    # argmax is the first True; where no try fits (once in 10^8 at ACL's 0.1), try 0 is cut off
+    first = (tries.amax(2) <= size).int().argmax(1)
     length = tries[torch.arange(n, device=device), first].clamp(max=size)
     room = size - length
     start = (uniform(0, 1, 2) * (room + 1)).floor().minimum(room)
@@ -264,12 +273,13 @@ def resized_crop(x, start, length):
     nothing beyond the box is read [assumed; ACL: bicubic]."""
     pixel = torch.arange(x.shape[-1], device=x.device)
 
-    def weights(start, length):  # [B, 1, S, S]: of the old pixels (columns) in each new one (rows)
-        source = (pixel + 0.5) * length[:, None] / len(pixel) - 0.5
-        source = start[:, None] + source.clamp(min=0).minimum(length[:, None] - 1)
+    def weights(first, n):  # [B] each -> [B, 1, S, S]: of old pixels (columns) in new ones (rows)
+        source = (pixel + 0.5) * n[:, None] / len(pixel) - 0.5
+        source = first[:, None] + source.clamp(min=0).minimum(n[:, None] - 1)
         return (1 - (source[:, :, None] - pixel).abs()).clamp(min=0)[:, None]
 
-    rows, columns = weights(start[:, 0], length[:, 0]), weights(start[:, 1], length[:, 1])
+    rows = weights(start[:, 0], length[:, 0])
+    columns = weights(start[:, 1], length[:, 1])
     return rows @ x @ columns.mT
 
 
@@ -295,7 +305,8 @@ def hue(x, turn):
     chroma = value - x.amin(1, keepdim=True)
     sixths = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
     sixths = torch.where(value == r, g - b, sixths) / chroma.clamp(min=1e-9)
-    n = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # 5, 3, 1 for r, g, b
+    # back to RGB: V - C clamp(min(k, 4 - k), 0, 1), k = (n + 6 H) mod 6, n = 5, 3, 1 for r, g, b
+    n = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
     k = (n + sixths + 6 * turn) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -367,8 +378,8 @@ def run(args):
     print(f"accuracy of {len(x_test)} test images by a linear probe, clean and under PGD-20 ...")
     probe = linear_probe(g, x_train, y_train)
     eps = {"l2": 0.5, "linf": 8 / 255}[args.norm]  # the usual radius, whatever the training's
-    pgd20 = dict(steps=20, step_size=2.5 * eps / 20, eps=eps, norm=args.norm)  # as cem_sup's
-    robustness = {"n": len(x_test), "clean": accuracy(probe, x_test, y_test),
+    pgd20 = dict(steps=20, step_size=2.5 * eps / 20, eps=eps, norm=args.norm)
+    robustness = {"n": len(x_test), "eps": eps, "clean": accuracy(probe, x_test, y_test),
                   "pgd20": accuracy(probe, x_test, y_test, cross_entropy, **pgd20)}
     print(robustness)
     samples = {}
@@ -571,8 +582,8 @@ def main(argv=None):
         text = json.dumps(results, indent=2, allow_nan=False)
         Path(args.out, "results.json").write_text(text)
     except KeyboardInterrupt:
-        stop("interrupted; the same command resumes after the last epoch (--smoke: with an --out of "
-             "its own)", code=130)
+        stop("interrupted; the same command resumes after the last epoch (--smoke: only with an "
+             "--out of its own)", code=130)
     except (OSError, ValueError) as e:
         stop(e)
     except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors

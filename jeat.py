@@ -556,8 +556,8 @@ def main(argv=None):
         text = json.dumps(results, indent=2, allow_nan=False)
         Path(args.out, "results.json").write_text(text)
     except KeyboardInterrupt:
-        stop("interrupted; the same command resumes after the last epoch (--smoke: with an --out of "
-             "its own)", code=130)
+        stop("interrupted; the same command resumes after the last epoch (--smoke: only with an "
+             "--out of its own)", code=130)
     except (OSError, ValueError) as e:
         stop(e)
     except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors

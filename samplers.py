@@ -261,8 +261,8 @@ def info_nce(g, positive, temperature, other_positives=True):
     other_positives  False drops the last sum: CEM's PGD sampler, with positive = x_0
     """
     if positive is not None:
-        # Under no_grad, older autocasts would cache the weights' casts without a graph, and the loss,
-        # in the same autocast, would give the weights no gradient.
+        # Under no_grad, older autocasts would cache the weights' casts without a graph: the loss in
+        # the same autocast would then give the weights no gradient.
         with torch.enable_grad():
             z_prime = _unit(g(positive)).detach()
 
@@ -282,7 +282,8 @@ def info_nce(g, positive, temperature, other_positives=True):
             f_positive = (z * z_prime).sum(1, keepdim=True) / temperature
             terms = [f_positive, _similarity_to_others(z, z, temperature)]
             if other_positives:
-                terms.append(_similarity_to_others(z, z_prime, temperature))  # without f_ii', the first term
+                # without f_ii', which is the first term already
+                terms.append(_similarity_to_others(z, z_prime, temperature))
         return (torch.cat(terms, 1).logsumexp(1, keepdim=True) - f_positive).squeeze(1)
     return score
 
