@@ -114,6 +114,7 @@ def parse_args(argv=None):
     add("--out", default="runs/cem_sup", help="folder of the run")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
+    add("--test-images", type=positive, default=10000, help="whose accuracy is taken, at most")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="[paper]")
     add("--start", default="class", metavar="KIND",
@@ -131,7 +132,7 @@ def parse_args(argv=None):
     add("--sample-batch-size", type=positive, default=500, help="images moved together")
     small = dict(
         out="runs/cem_sup-small", arch="small-32", epochs=10, lr=0.2, schedule="cycle",
-        attack_steps=2, attack_step_size=0.3, num_samples=1000)
+        attack_steps=2, attack_step_size=0.3, test_images=1000, num_samples=1000)
     smoke = dict(
         out="runs/cem_sup-smoke", arch="small-16", epochs=12, batch_size=64, schedule="cycle",
         attack_eps=2.0, attack_steps=2, attack_step_size=1.5, sample_steps=30, num_samples=100)
@@ -217,6 +218,7 @@ def run(args):
     f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     train(f, x_train, y_train, args)
 
+    x_test, y_test = x_test[:args.test_images], y_test[:args.test_images]
     print(f"accuracy of {len(x_test)} test images, clean and under PGD-20 ...")
     # PGD-20: from the clean image, steps of 2.5 eps / 20 [robustness], the last iterate [assumed]
     eps = args.attack_eps

@@ -148,6 +148,7 @@ def parse_args(argv=None):
     add("--out", default="runs/cem_unsup", help="folder of the run")
     add("--device", default=DEVICES[0], choices=DEVICES)
     add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
+    add("--test-images", type=positive, default=10000, help="whose accuracy is taken, at most")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME")
     add("--start", default=["pooled", "class"], choices=STARTS, nargs="+", metavar="KIND",
         help="pooled: one Gaussian of all, uncond; class: one of each class, cond [assumed]; "
@@ -165,7 +166,8 @@ def parse_args(argv=None):
         help="N, samples that move together, at most: the batches are as equal as can be")
     small = dict(
         out="runs/cem_unsup-small", arch="small-32", epochs=20, batch_size=256, lr=0.3,
-        norm="l2", attack_eps=1.0, attack_steps=2, attack_step_size=0.6, num_samples=1024)
+        norm="l2", attack_eps=1.0, attack_steps=2, attack_step_size=0.6, test_images=1000,
+        num_samples=1024)
     smoke = dict(
         out="runs/cem_unsup-smoke", arch="small-16", epochs=5, batch_size=64, lr=0.03,
         crop_area=0.4, jitter=1.0, gray=0.5, norm="l2", attack_eps=1.0,
@@ -375,6 +377,7 @@ def run(args):
     g = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     train(g, x_train, args)
 
+    x_test, y_test = x_test[:args.test_images], y_test[:args.test_images]
     print(f"accuracy of {len(x_test)} test images by a linear probe, clean and under PGD-20 ...")
     probe = linear_probe(g, x_train, y_train)
     eps = {"l2": 0.5, "linf": 8 / 255}[args.norm]  # the usual radius, whatever the training's

@@ -147,6 +147,7 @@ def parse_args(argv=None):
     add("--out", default="runs/jeat", help="folder of the run")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
+    add("--test-images", type=positive, default=10000, help="whose accuracy is taken, at most")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="buffer: of --method jeat only")
     add("--start", default="class", metavar="KIND",
@@ -166,7 +167,7 @@ def parse_args(argv=None):
     no_buffer = dict(sampler=["gaussian", "noise"])
     small = dict(
         out="runs/jeat-small", arch="small-48", epochs=20, lr=1e-3, sgld_steps=8, buffer_size=5000,
-        num_samples=1000)
+        test_images=1000, num_samples=1000)
     smoke = dict(
         out="runs/jeat-smoke", arch="small-24", epochs=10, lr=3e-3, lr_drops=[0.6, 0.85],
         sgld_steps=6, buffer_size=300, sample_steps=60, num_samples=100)
@@ -345,6 +346,7 @@ def run(args):
         buffer = ReplayBuffer(args.buffer_size, (3, 32, 32), device=args.device)
     train(f, buffer, x_train, y_train, args)
 
+    x_test, y_test = x_test[:args.test_images], y_test[:args.test_images]
     print(f"accuracy of {len(x_test)} test images, clean and under PGD-20 ...")
     robustness = {"n": len(x_test), "clean": accuracy(f, x_test, y_test),
                   "pgd20": accuracy(f, x_test, y_test, cross_entropy, **pgd20(args))}

@@ -174,7 +174,8 @@ def test_defaults():
                   num_samples=50000, sampler=["ta", "langevin", "cs", "rcs"], limit=50000)
     args = vars(cem_sup.parse_args([]))
     assert {k: args[k] for k in wanted} == wanted
-    running = {"small", "epochs", "data", "out", "device", "amp", "sampler", "start", "seed_split", "num_samples",
+    running = {"small", "epochs", "data", "out", "device", "amp", "test_images", "sampler", "start", "seed_split",
+               "num_samples",
                "sample_steps", "sample_step_size", "sample_eps", "sample_norm", "sample_noise", "sample_batch_size"}
     assert args.keys() - set(args["training"]) == running | {"training"}
 
