@@ -274,14 +274,12 @@ def test_attacked_training_learns_to_sample(cem_sup_smoke, cem_sup_twin, judge, 
     """Bounds lie below the worst of five seeds: see README, "Smoke runs and their controls"."""
     monkeypatch.undo()
     figures = learning(judge, cem_sup_smoke.out, cem_sup_twin.out, 200, [
-        "pooled seeds", "attacked ta pooled", "attacked cs pooled", "twin ta pooled", "twin cs pooled",
-        "attacked pgd20", "twin pgd20"])
+        "pooled seeds", "attacked ta pooled", "attacked cs pooled", "twin cs pooled", "attacked pgd20", "twin pgd20"])
     print(json.dumps(figures))
     assert accuracy(judge, *cem_sup.draw(500, 1)) > 0.98  # the judge knows the digits
     assert figures["pooled seeds"] < 0.2
-    assert figures["attacked ta pooled"] >= 0.8 and figures["attacked cs pooled"] >= 0.75
-    assert figures["twin ta pooled"] < figures["attacked ta pooled"] - 0.15
-    assert figures["twin cs pooled"] < figures["attacked cs pooled"] - 0.15
+    assert figures["attacked ta pooled"] >= 0.85 and figures["attacked cs pooled"] >= 0.75
+    assert figures["twin cs pooled"] < figures["attacked cs pooled"] - 0.1  # TA's says nothing: see README
     assert figures["twin pgd20"] < figures["attacked pgd20"] - 0.25
 
 
