@@ -416,12 +416,12 @@ def test_smoke_writes_everything(cem_unsup_smoke):
 
 
 def test_attacked_training_learns_what_its_controls_do_not(cem_unsup_smoke, cem_unsup_twin):
-    """Bounds are set from seed 0 alone: five seeds are still to be measured."""
+    """Bounds lie below the worst of seeds 0 to 2: see README."""
     attacked, twin = learning(trained(cem_unsup_smoke.out)), learning(trained(cem_unsup_twin.out))
     untrained = learning(small().eval())
     print(json.dumps({"attacked": attacked, "twin": twin, "untrained": untrained}))
-    assert attacked["pgd20"] >= 0.15 and attacked["pgd20"] > max(twin["pgd20"], untrained["pgd20"]) + 0.08
-    assert attacked["coarse"] >= 0.4 and attacked["coarse"] >= 2 * max(twin["coarse"], untrained["coarse"])
+    assert attacked["pgd20"] >= 0.1 and attacked["pgd20"] > max(twin["pgd20"], untrained["pgd20"]) + 0.08
+    assert attacked["coarse"] >= 0.4 and attacked["coarse"] >= 1.7 * max(twin["coarse"], untrained["coarse"])
     reported = json.loads((cem_unsup_smoke.out / "results.json").read_text())["accuracy"]
     assert all(abs(reported[name] - attacked[name]) < 0.04 for name in ("clean", "pgd20"))
 
