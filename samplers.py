@@ -320,7 +320,7 @@ def check_labels(y, logits, wait=False):
     """Labels y as int64 [B], for logits [B, K]. ValueError: not integers [B] in 0 ... K - 1.
     On CUDA the range is looked at with wait=True only, for that waits for the device: where y is
     an index into the logits, a wrong one stops the program anyway."""
-    if y.is_floating_point() or y.shape != logits.shape[:1]:
+    if y.is_floating_point() or y.dtype == torch.bool or y.shape != logits.shape[:1]:
         raise ValueError(f"labels must be integers [{len(logits)}], not {y.dtype} {list(y.shape)}")
     y = y.long()
     if (wait or not y.is_cuda) and not ((y >= 0) & (y < logits.shape[1])).all():
@@ -470,8 +470,11 @@ def check_images(x):
     """ValueError: no images, or floats that are not in [0, 1]."""
     if len(x) == 0:
         raise ValueError("no images")
-    if x.dtype != torch.uint8 and not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"images must be in [0, 1]; these are in {x.min():.3g} ... {x.max():.3g}")
+    if x.dtype != torch.uint8:
+        bad = ~((x >= 0) & (x <= 1))  # NaN is bad, too
+        if bad.any():
+            raise ValueError(f"images must be in [0, 1]: {int(bad.sum())} of {x.numel()} pixels are "
+                             f"not, they range from {x.min():.3g} to {x.max():.3g}")
 
 
 def to_float(x):

@@ -339,7 +339,7 @@ def test_labels_are_numbers_of_classes(make):
     f, x, y = mlp(), randn(4, 6, dtype=torch.float64), torch.tensor([1, 0, 1, 3])
     for dtype in (torch.uint8, torch.int32, torch.int8):  # as many images as classes: no mask
         exact(make(f, y.to(dtype))(x), make(f, y)(x))
-    for bad in (y - 1, y + 1, y - 100, y.float(), y[:3], y[:, None]):
+    for bad in (y - 1, y + 1, y - 100, y.float(), y > 0, y[:3], y[:, None]):
         with pytest.raises(ValueError, match="labels must be"):
             make(f, bad)(x)
 
