@@ -473,8 +473,8 @@ def check_images(x):
     if x.dtype != torch.uint8:
         bad = ~((x >= 0) & (x <= 1))  # NaN is bad, too
         if bad.any():
-            raise ValueError(f"images must be in [0, 1]: {int(bad.sum())} of {x.numel()} pixels are "
-                             f"not, they range from {x.min():.3g} to {x.max():.3g}")
+            raise ValueError(f"images must be in [0, 1]: {int(bad.sum())} of {x.numel()} pixels "
+                             f"are not, they range from {x.min():.3g} to {x.max():.3g}")
 
 
 def to_float(x):
