@@ -230,7 +230,7 @@ def make_model(arch="resnet50"):
     if arch.startswith("small"):
         w = int(arch.removeprefix("small-"))
         return Energy(nn.Sequential(
-            # 4x4: strided by two, 3x3 covers pixels unevenly, and samples show a grid
+            # 4x4, for a 3x3 of stride 2 covers pixels unevenly, and samples show a grid
             nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
             nn.Conv2d(w, 2 * w, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU(),
             nn.Conv2d(2 * w, 4 * w, 3, 2, 1, bias=False), nn.BatchNorm2d(4 * w), nn.ReLU(),

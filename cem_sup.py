@@ -18,7 +18,7 @@ Ability of Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, f the cla
   python cem_sup.py --attack-steps 0 --out runs/twin             the control: no attack
 
 Writes checkpoint.pt, log.jsonl, samples_{ta,langevin,cs,rcs}.{png,npz} and results.json to --out.
-The same command resumes after the last finished epoch (--smoke: with an --out of its own); a
+The same command resumes after the last finished epoch (a --smoke without --out begins afresh); a
 finished run samples again, with other sampling flags too.
 
 Sources of the defaults: [paper] the slides; [robustness] MadryLab/robustness, on which the paper
@@ -160,7 +160,7 @@ def make_model(arch="resnet50"):
     if arch.startswith("small"):
         w = int(arch.removeprefix("small-"))
         return Classifier(nn.Sequential(
-            # 4x4: strided by two, 3x3 covers pixels unevenly, and samples show a grid
+            # 4x4, for a 3x3 of stride 2 covers pixels unevenly, and samples show a grid
             nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
             stage(w, w, 1), stage(w, 2 * w, 2), stage(2 * w, 4 * w, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)))

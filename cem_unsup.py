@@ -59,7 +59,8 @@ def nt_xent(z1, z2, temperature):
     """NT-Xent of two views z1, z2 [B, D], of any length: NCE of each of the 2B against the rest."""
     if z1.shape != z2.shape:
         raise ValueError(f"two views of the same images, not {list(z1.shape)}, {list(z2.shape)}")
-    score = info_nce(nn.Identity(), None, temperature)  # rows i and i + B: the views of an image
+    # the attack's score, of z in the place of images; positive None: the views are rows i and i + B
+    score = info_nce(g=nn.Identity(), positive=None, temperature=temperature)
     return score(torch.cat([z1, z2])).mean()
 
 
@@ -203,7 +204,7 @@ def make_model(arch="resnet50"):
     if arch.startswith("small"):
         w = int(arch.removeprefix("small-"))
         return Encoder(nn.Sequential(
-            # 4x4: strided by two, 3x3 covers pixels unevenly, and samples show a grid
+            # 4x4, for a 3x3 of stride 2 covers pixels unevenly, and samples show a grid
             nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
             stage(w, w, 1), stage(w, 2 * w, 2), stage(2 * w, 4 * w, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten()), width=4 * w)
@@ -262,9 +263,10 @@ def random_boxes(n, size, least_area, device):
     area = size ** 2 * uniform(least_area, 1, 10)
     ratio = uniform(-math.log(4 / 3), math.log(4 / 3), 10).exp()
     tries = torch.stack([area / ratio, area * ratio], 2).sqrt().round()  # [n, 10, 2]
-    # argmax is the first True; where no try fits (once in 10^8 at ACL's 0.1), try 0 is cut off
-    first = (tries.amax(2) <= size).int().argmax(1)
-    length = tries[torch.arange(n, device=device), first].clamp(max=size)
+    fits = tries.amax(2) <= size
+    first = fits.int().argmax(1)  # the first True
+    length = tries[torch.arange(n, device=device), first]
+    length = torch.where(fits.any(1, keepdim=True), length, size)  # torchvision's: the whole image
     room = size - length
     start = (uniform(0, 1, 2) * (room + 1)).floor().minimum(room)
     return start, length

@@ -72,7 +72,7 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
             pieces CE and E(x_adv); that is PreJEAT with this score and AT with cross_entropy
     norm, attack  of `ascend`; attack: steps, step_size, eps
     """
-    with eval_mode(f):  # raise E(x, y), for AT the cross-entropy, in the ball around x
+    with eval_mode(f):  # raise E(x, y), for AT the cross-entropy, in the ball; steps = 0: x itself
         x_adv = ascend(score(f, y), x, norm=norm, random_start=True, **attack)
     logits = at_least_float32(f(x_adv))
     ce = F.cross_entropy(logits, check_labels(y, logits))
@@ -80,7 +80,8 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
     if buffer is None:
         return ce, (ce, e_adv)
     x_0, idx = buffer.sample(len(x))
-    with eval_mode(f):  # not clamped. In [-1, 1] JEM's step is 1 and the noise 0.01: 1/4, 0.01/2
+    # not clamped. JEM: 1 and 0.01 for u = 2x - 1; dx = du / 2 and grad_u = grad_x / 2: 1/4, 0.005
+    with eval_mode(f):
         x_k = sgld(log_p_x(f), x_0, sgld_steps, step_size=0.25, noise=0.005)
     buffer.update(idx, x_k)
     e_k = energy(f(x_k)).mean()

@@ -110,7 +110,7 @@ def covariance_root(sigma):
     largest = values.abs().max()
     if values[0] < -ROUNDING * largest:
         raise ValueError(f"sigma is no covariance: it has the eigenvalue {values[0]:.2g}")
-    # Eigenvalues that are zero but for rounding are dropped: the root would make 1e-8 of 1e-16.
+    # Eigenvalues that are only rounding are dropped: the root would turn 1e-16 into 1e-8.
     threshold = len(sigma) * torch.finfo(torch.float64).eps * largest
     positive = values > threshold
     return vectors[:, positive] * values[positive].sqrt()
@@ -325,7 +325,7 @@ def true_float32():
     matmul = torch.get_float32_matmul_precision()
     try:
         cudnn = backends.cudnn.allow_tf32
-    except RuntimeError:  # "none", as the new ones are by now, is no TF32: only True contradicts it
+    except RuntimeError:  # the new ones are "none" by now, no TF32: it contradicts them, so is True
         cudnn = True
     dtype = torch.get_default_dtype()
     try:
@@ -381,6 +381,7 @@ def score(paths, data="./data", reference=None, weights=None, device="cpu", batc
         result = {"file": str(path)}
         result.update(evaluate(images, (mu, sigma), net, batch_size, str(path)))
         result["weights"] = net.weights_hash
+        # too few samples alone: evaluate has warned
         if few and len(images) < ENOUGH_IMAGES:
             result["warning"] = "fewer than 2,048 images and reference images: biased FID"
         elif few:

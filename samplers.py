@@ -80,7 +80,8 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
 def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generator=None,
              callback=None):
     """Langevin: x + step_size * grad score(x) + sqrt(2 * step_size * temperature) * xi (the CEM
-    slides). Its law tends to exp(score / temperature) as step_size -> 0. Otherwise as `ascend`."""
+    slides), with no box by default. Its law tends to exp(score / temperature) as step_size -> 0.
+    Otherwise as `ascend`."""
     if not (step_size >= 0 and temperature >= 0):
         raise ValueError(f"step_size {step_size} and temperature {temperature} must be >= 0")
     noise = math.sqrt(2 * step_size * temperature)
@@ -89,8 +90,8 @@ def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generat
 
 
 def sgld(score, x, steps, step_size, noise, *, clamp=None, generator=None, callback=None):
-    """SGLD with a noise of its own, x + step_size * grad score(x) + noise * xi (JEM, JEAT):
-    `ascend` by the raw gradient."""
+    """SGLD with a noise of its own, x + step_size * grad score(x) + noise * xi, and no box by default
+    (JEM, JEAT): `ascend` by the raw gradient."""
     return ascend(score, x, steps, step_size, norm="none", noise=noise, clamp=clamp,
                   generator=generator, callback=callback)
 
@@ -129,7 +130,7 @@ def steepest(g, norm):
         return g
     largest = g.abs().amax(tuple(range(1, g.ndim)), keepdim=True)
     g = g / torch.where(largest > 0, largest, 1)  # so that no square underflows or overflows
-    return g / _l2(g).clamp_min(1)  # of norm 1 or more by now, unless g is zero
+    return g / _l2(g).clamp_min(1)  # by now |g|_2 >= 1, unless g is zero
 
 
 def project(x, x_0, eps, norm):
@@ -139,9 +140,8 @@ def project(x, x_0, eps, norm):
     d = x - x_0
     if norm == "linf":
         return x_0 + d.clamp(-eps, eps)
-    tiny = torch.finfo(d.dtype).tiny  # for eps = 0 at d = 0
-    length = _l2(d).clamp_min(max(eps, tiny))  # eps itself inside the ball: no change there
-    return x_0 + d * (eps / length)
+    length = _l2(d).clamp_min(torch.finfo(d.dtype).tiny)  # d may be zero
+    return x_0 + d * (eps / length).clamp_max(1)  # inside the ball nothing changes
 
 
 @contextmanager
@@ -211,12 +211,12 @@ def log_p_x(f):
 
 
 def log_p_x_given_y(f, y):
-    """CS (CEM, by memory): log p(x|y) + const = f_y = -E(x, y)."""
+    """CS (CEM, recalled): log p(x|y) + const = f_y = -E(x, y)."""
     return lambda x: take(at_least_float32(f(x)), y)
 
 
 def reinforced(f, y):
-    """RCS (CEM, by memory): f_y + LSE f."""
+    """RCS (CEM, recalled): f_y + LSE f."""
     def score(x):
         logits = at_least_float32(f(x))
         return take(logits, y) + logits.logsumexp(1)
@@ -252,7 +252,7 @@ def logit(f, sign=1):
 
 
 def info_nce(g, positive, temperature, other_positives=True):
-    """The contrastive attack (CEM, by memory). Unit z = g(x), z' = g(positive); f_ij = z_i.z_j / t:
+    """The contrastive attack (CEM, recalled). Unit z = g(x), z' = g(positive); f_ij = z_i.z_j / t:
     -f_ii' + log [ exp f_ii' + sum_{j != i} exp f_ij + sum_{j != i} exp f_ij' ], NT-Xent's loss of
     row i. The gradient goes through all z_j; z' is held.
 
@@ -261,8 +261,8 @@ def info_nce(g, positive, temperature, other_positives=True):
     other_positives  False drops the last sum: CEM's PGD sampler, with positive = x_0
     """
     if positive is not None:
-        # Under no_grad, older autocasts would cache the weights' casts without a graph: the loss in
-        # the same autocast would then give the weights no gradient.
+        # With gradients, though detached: under no_grad, older autocasts would cache casts of the
+        # weights without a graph, and the loss in the same autocast would give them no gradient.
         with torch.enable_grad():
             z_prime = _unit(g(positive)).detach()
 
@@ -289,7 +289,7 @@ def info_nce(g, positive, temperature, other_positives=True):
 
 
 def entropy(g, temperature):
-    """MaxEnt (CEM, by memory): -log sum_{j != i} exp(z_i . sg[z_j] / temperature), unit z = g(x):
+    """MaxEnt (CEM, recalled): -log sum_{j != i} exp(z_i . sg[z_j] / temperature), unit z = g(x):
     the part of the batch's entropy that belongs to i; sg: the others are held."""
     def score(x):
         if len(x) < 2:
@@ -346,8 +346,8 @@ class Gaussians(NamedTuple):
         device = self.mean.device
         if self.pooled:
             labels = torch.zeros_like(labels)  # one Gaussian for all
-        logits = torch.empty(len(labels), len(self.rows))  # check_labels reads its shape only
-        labels = check_labels(labels, logits, wait=True)
+        shape = torch.empty(len(labels), len(self.rows))  # in the place of logits: only its shape
+        labels = check_labels(labels, shape, wait=True)
         x = self.mean.float()[labels].flatten(1)
         for c in labels.unique().tolist():
             i = (labels == c).nonzero().squeeze(1)
@@ -436,7 +436,7 @@ class ReplayBuffer(torch.nn.Module):
     def update(self, idx, x):
         """Write the chains' ends x [n, *shape] back. ValueError: another shape."""
         if x.shape != (len(idx), *self.x.shape[1:]):
-            raise ValueError(f"chains of {list(self.x.shape[1:])}, not {list(x.shape)}")
+            raise ValueError(f"{len(idx)} chains of {list(self.x.shape[1:])}, not {list(x.shape)}")
         self.x[idx] = x.detach()
 
 

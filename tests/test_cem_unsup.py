@@ -416,7 +416,7 @@ def test_smoke_writes_everything(cem_unsup_smoke):
 
 
 def test_attacked_training_learns_what_its_controls_do_not(cem_unsup_smoke, cem_unsup_twin):
-    """Bounds lie below the worst of seeds 0 to 2: see README."""
+    """Bounds lie below the worst of five seeds: see README."""
     attacked, twin = learning(trained(cem_unsup_smoke.out)), learning(trained(cem_unsup_twin.out))
     untrained = learning(small().eval())
     print(json.dumps({"attacked": attacked, "twin": twin, "untrained": untrained}))
