@@ -90,8 +90,8 @@ def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generat
 
 
 def sgld(score, x, steps, step_size, noise, *, clamp=None, generator=None, callback=None):
-    """SGLD with a noise of its own, x + step_size * grad score(x) + noise * xi, and no box by default
-    (JEM, JEAT): `ascend` by the raw gradient."""
+    """SGLD with a noise of its own (JEM, JEAT), x + step_size * grad score(x) + noise * xi, with no
+    box by default: `ascend` by the raw gradient."""
     return ascend(score, x, steps, step_size, norm="none", noise=noise, clamp=clamp,
                   generator=generator, callback=callback)
 
