@@ -128,7 +128,8 @@ def parse_args(argv=None):
     add("--lr", type=number, default=1e-4, help="learning rate [JEM]")
     add("--lr-drops", type=fraction, default=[0.8, 0.9], nargs="*",
         help="x 0.3 at these fractions of --epochs [JEM]")
-    add("--norm", default="linf", choices=("linf", "l2"), help="of ball and step [secondary]")
+    add("--norm", default="linf", choices=("linf", "l2"),
+        help="of ball and step [secondary]; l2 needs another --attack-eps")
     add("--attack-eps", type=number, default=8 / 255, help="radius, pixels in [0, 1] [assumed]")
     add("--attack-steps", type=count, default=1,
         help="[secondary]; at: 10 [assumed]; 0: no attack, the control")
