@@ -481,7 +481,7 @@ def training_flags(args):
 def scored(args, samples):
     """The rows {name: dict} of samples with IS and FID, or with null and the reason."""
     files = [f"{args.out}/samples_{name}.npz" for name in samples]
-    scores = [{"is_mean": None, "is_std": None, "fid": None}] * len(files)
+    scores = [{"is_mean": None, "is_std": None, "fid": None} for _ in files]
     reason = None
     if args.smoke:
         reason = "IS and FID are not for digits"
