@@ -13,7 +13,7 @@ ICCV 2021. With the classifier's logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k
   python jeat.py --method at --out runs/at         the paper's baseline: PGD-10 on CE, the same net
   python jeat.py --method prejeat --out runs/pre   our definition: CE at JEAT's x_adv, no log p(x)
   python jeat.py --small                  CIFAR-10 on a CPU: a small net, a short schedule
-  python jeat.py --smoke                  drawn digits, no data: under a minute on two CPU cores
+  python jeat.py --smoke                  drawn digits, no data: about a minute on two CPU cores
   python jeat.py --smoke --method at --attack-steps 0 --out runs/twin    the control: no attack
 
 Writes checkpoint.pt, log.jsonl, samples_{gaussian,noise,buffer}.{png,npz}, results.json to --out.
