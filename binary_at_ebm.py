@@ -133,7 +133,7 @@ def parse_args(argv=None):
     training = argparse.ArgumentParser(add_help=False)
     add = training.add_argument_group("training; a checkpoint belongs to these").add_argument
     add("--mode", default="generation", choices=("generation", "ood"),
-        help="ood brings other defaults [official], SGD in place of Adam and R1, and a fixed K")
+        help="ood: other defaults, SGD in place of Adam, no R1, a fixed K [official]")
     add("--arch", default="resnet50", choices=("resnet50", "resnet18", "small-64", "small-32"),
         help="[official]; small-W: three convolutions, of W, 2 W and 4 W channels")
     add("--classes", type=in_range(int, 0, 9), default=list(range(10)), nargs="+", metavar="0..9",
@@ -197,7 +197,8 @@ def parse_args(argv=None):
         ood_sets=["noise", "rest"], ood_images=50, ood_steps=5)
     smoke_ood = dict(
         epochs=20, lr=0.05, attack_steps=5, attack_eps=2.0, positive_eps=0.5)
-    return read_flags(training, running, argv, [  # later ones win, and what is given wins
+    # pairs: where all flags of the left are given, the defaults of the right; later ones win
+    return read_flags(training, running, argv, [
         ({"mode": "ood"}, ood),
         ({"small": True}, small), ({"small": True, "mode": "ood"}, small_ood),
         ({"smoke": True}, smoke), ({"smoke": True, "mode": "ood"}, smoke_ood)])
@@ -214,7 +215,7 @@ class Energy(nn.Module):
         mean, std = [.4914, .4822, .4465], [.2023, .1994, .2010]  # [official]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.train()
+        self.eval()
 
     def train(self, mode=True):
         """Always eval mode, so that a batch norm is an affine gamma x + beta [official]."""
@@ -245,7 +246,7 @@ def make_model(arch="resnet50"):
 
 # ================================================================ train and evaluate
 def train(f, x_train, p_0, args):
-    """Train f in place, from the last checkpoint up to --epochs -> the gate's K."""
+    """Train f in place, from the last checkpoint up to --epochs -> the gate's next K."""
     if args.mode == "generation":  # the settings of both branches: [official]
         optimizer = torch.optim.Adam(f.parameters(), args.lr, betas=(0.0, 0.99))
         r1, first_K = 0.01, 0
@@ -261,14 +262,14 @@ def train(f, x_train, p_0, args):
         losses, areas = [], []
         batches = torch.randperm(len(x_train), device=args.device).split(args.batch_size)
         for batch in progress(batches, f"epoch {epoch + 1}/{args.epochs}, K {gate.K}"):
-            x = to_float(x_train[batch])
+            K, x = gate.K, to_float(x_train[batch])
             x_0 = to_float(p_0[torch.randint(len(p_0), batch.shape, device=args.device)])
             if not args.smoke:  # digits have a direction
                 x, x_0 = crop_flip(x), crop_flip(x_0)  # [official; mode ood: ours]
             # bfloat16 for the attacks only: R1 needs float32 at the positives, and negatives in
             # another precision than theirs would be a cue for D
             with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                x_pos, x_neg = adversaries(f, x, x_0, gate.K, **attack)
+                x_pos, x_neg = adversaries(f, x, x_0, K, **attack)
             loss, f_pos, f_neg = at_ebm_loss(f, x_pos, x_neg, r1)
             optimizer.zero_grad()
             loss.backward()
@@ -276,7 +277,7 @@ def train(f, x_train, p_0, args):
             losses.append(loss.detach())
             areas.append(auc(f_pos, f_neg).item())
             gate.update(areas[-1])
-        log(args, epoch=epoch + 1, K=gate.K, loss=torch.stack(losses).mean().item(),
+        log(args, epoch=epoch + 1, K=K, loss=torch.stack(losses).mean().item(),
             auc=sum(areas) / len(areas))
         save_checkpoint(args, epoch + 1, model=f, optimizer=optimizer, gate=gate)
     return gate.K
@@ -340,7 +341,7 @@ def detect(f, x_data, x, images=1024, steps=100, eps=1.0):
     for batch in progress(x.split(256), "outliers"):
         worst.append(worst_case(logit(f), batch, steps, 2.5 * eps / steps, eps=eps, restarts=5)[1])
     f_data, f_x = scores(f, x_data), scores(f, x)
-    f_worst = torch.cat(worst).maximum(f_x)  # x is among them, but for rounding
+    f_worst = torch.cat(worst).maximum(f_x)  # worst_case saw x, too: this undoes rounding alone
     return {"n": len(x), "auroc": auc(f_data, f_x).item(),
             "auroc_worst": auc(f_data, f_worst).item(), "eps": eps, "steps": steps}
 
@@ -367,7 +368,7 @@ def run(args):
         else:
             torch.manual_seed(args.seed)
             outliers[name] = detect(f, x_data, x, args.ood_images, args.ood_steps)
-            same = Path(name).resolve() == Path(args.p0).resolve()  # of names as of .npy files
+            same = Path(name).resolve() == Path(args.p0).resolve()  # a name, or a path
             outliers[name]["seen_in_p0"] = same
         print(f"outliers, {name}: {outliers[name]}")
 

@@ -21,9 +21,9 @@ Writes checkpoint.pt, log.jsonl, samples_{ta,langevin,cs,rcs}.{png,npz} and resu
 The same command resumes after the last finished epoch (a --smoke without --out begins afresh); a
 finished run samples again, with other sampling flags too.
 
-Sources of the defaults: [paper] the slides; [robustness] MadryLab/robustness, on which the paper
+Sources of the defaults: [slides] the paper's; [robustness] MadryLab/robustness, on which the paper
 builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019, and their released net; [assumed]
-our reading; [ours] in none of them. The scores of TA, CS and RCS are recalled from the paper.
+our reading; [ours] in none of them. TA's, CS's and RCS's objectives are recalled from the paper.
 """
 import argparse
 import json
@@ -52,8 +52,8 @@ def at_loss(f, x, y, **attack):
     """max_{|x_hat - x| <= eps} CE(x_hat, y) of images x [B, 3, 32, 32] in [0, 1], labels y [B].
     attack: steps, step_size, eps, norm."""
     ce = cross_entropy(f, y)
-    with eval_mode(f):  # inner: CE = LSE f - f_y is log p(x), up to a constant, and its bias
-        x_hat = ascend(ce, x, random_start=True, **attack)  # x itself for steps = 0
+    with eval_mode(f):  # inner: CE = LSE f - f_y; LSE f is log p(x) + const, -f_y the bias
+        x_hat = ascend(ce, x, random_start=True, **attack)  # steps = 0: it returns x
     return ce(x_hat).mean()  # outer: minus the likelihood's contrastive term
 
 
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     training = argparse.ArgumentParser(add_help=False)
     add = training.add_argument_group("training; a checkpoint belongs to these").add_argument
     add("--arch", default="resnet50", choices=("resnet50", "resnet18", "small-32", "small-16"),
-        help="[paper]; small-W: three stages, of W, 2 W and 4 W channels")
+        help="[slides]; small-W: three stages, of W, 2 W and 4 W channels")
     add("--batch-size", type=positive, default=128, help="images [robustness]")
     add("--lr", type=number, default=0.1, help="learning rate [robustness]")
     add("--schedule", default="steps", choices=("steps", "cycle"),
@@ -99,7 +99,7 @@ def parse_args(argv=None):
     add("--attack-eps", type=number, default=0.5,
         help="radius, pixels in [0, 1] [assumed: Santurkar]")
     add("--attack-steps", type=count, default=7,
-        help="0: no attack, no random start either, the control [assumed: Santurkar, as the start]")
+        help="0: no attack, no random start either, the control [assumed: Santurkar]")
     add("--attack-step-size", type=number, default=0.1,
         help="pixels in [0, 1] [assumed: Santurkar]")
     add("--seed", type=count, default=0, help="of weights, data order, attacks and samples")
@@ -114,9 +114,9 @@ def parse_args(argv=None):
     add("--out", default="runs/cem_sup", help="folder of the run")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
-    add("--test-images", type=positive, default=10000, help="whose accuracy is taken, at most")
+    add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
-        help="[paper]")
+        help="[slides]")
     add("--start", default="class", metavar="KIND",
         help="class: a Gaussian of each [Santurkar]; pooled: one of all; fields: random colours "
              "[ours]; cifar100, svhn or a .npy: images [ours]")

@@ -24,9 +24,9 @@ Writes checkpoint.pt, log.jsonl, samples_{maxent,pgd}-{uncond,cond}.{png,npz} an
 H before and after. The same command resumes after the last finished epoch; a finished run
 samples again, with other sampling flags too. Only the probe and class-wise starts use labels.
 
-Sources of the defaults: [paper] the slides; [memory] of the paper: the loss, MaxEnt; [ACL] Jiang et
-al., NeurIPS 2020, code, on which the paper builds; [DynACL] Luo et al., ICLR 2023, by CEM's first
-authors among others, code; [AdvCL] Fan et al., NeurIPS 2021, code; [assumed] our reading. The
+Sources of the defaults: [slides] the paper's; [memory] of its text: the loss, MaxEnt; [ACL] Jiang
+et al., NeurIPS 2020, code, on which the paper builds; [DynACL] Luo et al., ICLR 2023, by CEM's
+first authors among others, code; [AdvCL] Fan et al., NeurIPS 2021, code; [assumed] our reading. The
 formula moves one view; [ACL] and [DynACL] move both, in the linf ball, and so does the default. Of
 [ACL] we leave out the clean half of each batch with batch norms of its own, LARS and the bicubic
 crop; its random start may leave [0, 1], ours may not.
@@ -56,7 +56,8 @@ from samplers import (accuracy, ascend, cross_entropy, entropy, eval_mode, info_
 
 # ================================================================ the method
 def nt_xent(z1, z2, temperature):
-    """NT-Xent of two views z1, z2 [B, D], of any length: NCE of each of the 2B against the rest."""
+    """NT-Xent of two views z1, z2 [B, D], normalised here: NCE of each of the 2B against the rest.
+    """
     if z1.shape != z2.shape:
         raise ValueError(f"two views of the same images, not {list(z1.shape)}, {list(z2.shape)}")
     # the attack's score, of z in the place of images; positive None: the views are rows i and i + B
@@ -85,7 +86,7 @@ SAMPLERS = {
     # the positive is the sample's start, the negatives are the other samples [assumed]
     "pgd": lambda g, x_0, tau: info_nce(g, x_0, tau, other_positives=False),
 }
-STARTS = {"pooled": "uncond", "class": "cond", "fields": "fields"}  # [paper]'s names; fields: ours
+STARTS = {"pooled": "uncond", "class": "cond", "fields": "fields"}  # [slides]' names; fields: ours
 
 
 def sample(g, sampler, start, args):
@@ -119,7 +120,7 @@ def parse_args(argv=None):
     training = argparse.ArgumentParser(add_help=False)
     add = training.add_argument_group("training; a checkpoint belongs to these").add_argument
     add("--arch", default="resnet50", choices=("resnet50", "resnet18", "small-32", "small-16"),
-        help="[paper: both ResNets]; small-W: three stages, of W, 2 W and 4 W channels")
+        help="[slides: both ResNets]; small-W: three stages, of W, 2 W and 4 W channels")
     add("--temperature", type=in_range(float, 1e-3, 1e3), default=0.5,
         help="t [ACL], in sampling too [assumed]")
     add("--batch-size", type=in_range(int, 2, 2 ** 63 - 1), default=512, help="images [ACL]")
@@ -135,7 +136,8 @@ def parse_args(argv=None):
     add("--norm", default="linf", choices=("l2", "linf"),
         help="of ball and step [ACL, DynACL]; l2 needs another --attack-eps and step size")
     add("--attack-eps", type=number, default=8 / 255, help="radius, pixels in [0, 1] [ACL, DynACL]")
-    add("--attack-steps", type=count, default=5, help="0: the control [ACL, DynACL]")
+    add("--attack-steps", type=count, default=5,
+        help="[ACL, DynACL]; 0: the control, without a random start either")
     add("--attack-step-size", type=number, default=2 / 255, help="[ACL, DynACL]")
     add("--seed", type=count, default=0, help="of weights, data order, attacks and samples")
     add("--limit", type=positive, default=50000, help="at most so many images of each set")
@@ -149,7 +151,7 @@ def parse_args(argv=None):
     add("--out", default="runs/cem_unsup", help="folder of the run")
     add("--device", default=DEVICES[0], choices=DEVICES)
     add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
-    add("--test-images", type=positive, default=10000, help="whose accuracy is taken, at most")
+    add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME")
     add("--start", default=["pooled", "class"], choices=STARTS, nargs="+", metavar="KIND",
         help="pooled: one Gaussian of all, uncond; class: one of each class, cond [assumed]; "
@@ -160,11 +162,12 @@ def parse_args(argv=None):
         help="of each sampler and start [assumed]")
     add("--sample-steps", type=count, default=60, help="[assumed, as all below]")
     add("--sample-step-size", type=number, default=0.5, help="pixels in [0, 1]")
-    add("--sample-eps", type=radius, default=30.0, help="radius around the start")
+    add("--sample-eps", type=radius, default=30.0, help="radius around the start; inf: none")
     add("--sample-norm", default="l2", choices=("l2", "linf", "none"), help="none: raw gradient")
     add("--sample-noise", type=number, default=0.0, help="standard deviation per step")
     add("--sample-batch-size", type=in_range(int, 3), default=512,
-        help="N, samples that move together, at most: the batches are as equal as can be")
+        help="N, samples that move together, at most: the batches are as equal as can be, and 2 "
+             "could leave one alone")
     small = dict(
         out="runs/cem_unsup-small", arch="small-32", epochs=20, batch_size=256, lr=0.3,
         norm="l2", attack_eps=1.0, attack_steps=2, attack_step_size=0.6, test_images=1000,
@@ -277,9 +280,9 @@ def resized_crop(x, start, length):
     nothing beyond the box is read [assumed; ACL: bicubic]."""
     pixel = torch.arange(x.shape[-1], device=x.device)
 
-    def weights(first, n):  # [B] each -> [B, 1, S, S]: of old pixels (columns) in new ones (rows)
-        source = (pixel + 0.5) * n[:, None] / len(pixel) - 0.5
-        source = first[:, None] + source.clamp(min=0).minimum(n[:, None] - 1)
+    def weights(begin, count):  # [B] each -> [B, 1, S, S]: of old pixels (columns) in new ones
+        in_box = (pixel + 0.5) * count[:, None] / len(pixel) - 0.5
+        source = begin[:, None] + in_box.clamp(min=0).minimum(count[:, None] - 1)
         return (1 - (source[:, :, None] - pixel).abs()).clamp(min=0)[:, None]
 
     rows = weights(start[:, 0], length[:, 0])
@@ -307,8 +310,9 @@ def hue(x, turn):
     r, g, b = x.split(1, 1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
-    sixths = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
-    sixths = torch.where(value == r, g - b, sixths) / chroma.clamp(min=1e-9)
+    c = chroma.clamp(min=1e-9)
+    sixths = torch.where(value == g, (b - r) / c + 2, (r - g) / c + 4)
+    sixths = torch.where(value == r, (g - b) / c, sixths)
     # back to RGB: V - C clamp(min(k, 4 - k), 0, 1), k = (n + 6 H) mod 6, n = 5, 3, 1 for r, g, b
     n = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
     k = (n + sixths + 6 * turn) % 6
@@ -374,7 +378,7 @@ def run(args):
     if len(x_train) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size}: there are {len(x_train)} images")
     split = (x_test, y_test) if args.seed_split == "test" else (x_train, y_train)
-    start = {kind: starts(kind, *split, root=args.data) for kind in args.start}
+    start = {kind: starts(kind, *split) for kind in args.start}
     torch.manual_seed(args.seed)
     g = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     train(g, x_train, args)

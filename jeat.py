@@ -68,14 +68,15 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
     """L = E(x_adv, y) - E(x_K) of images x [B, 3, 32, 32] in [0, 1] with labels y [B], and its
     pieces: the means of CE(x_adv, y), E(x_adv), E(x_K).
 
-    buffer  a ReplayBuffer, whose chains move on here. None: the loss is CE(x_adv, y) alone, the
-            pieces CE and E(x_adv); that is PreJEAT with this score and AT with cross_entropy
+    buffer  a ReplayBuffer, whose chains move on here. None: the loss is CE(x_adv, y) alone, and
+            its pieces CE and E(x_adv)
+    score   of the attack: joint_energy_score; without buffer, PreJEAT. cross_entropy: AT
     norm, attack  of `ascend`; attack: steps, step_size, eps
     """
     with eval_mode(f):  # raise E(x, y), for AT the cross-entropy, in the ball; steps = 0: x itself
         x_adv = ascend(score(f, y), x, norm=norm, random_start=True, **attack)
     logits = at_least_float32(f(x_adv))
-    ce = F.cross_entropy(logits, check_labels(y, logits))
+    ce = F.cross_entropy(logits, check_labels(y, logits.shape))
     e_adv = energy(logits).mean()
     if buffer is None:
         return ce, (ce, e_adv)
@@ -122,7 +123,7 @@ def parse_args(argv=None):
         help="[paper]; prejeat: our definition, CE at JEAT's x_adv, no log p(x); at: CE at its own "
              "adversary; both without negatives and buffer")
     add("--arch", default="wrn-28-10", choices=("wrn-28-10", "wrn-16-8", "wrn-16-4", "wrn-16-2",
-                                                "wrn-10-2", "small-48", "small-24"),
+                                                "wrn-10-2", "small-32", "small-24"),
         help="wrn-D-W: depth, width [JEM]; small-W: three convolutions, of W, 2 W, 4 W channels")
     add("--batch-size", type=positive, default=64, help="images [JEM]")
     add("--lr", type=number, default=1e-4, help="learning rate [JEM]")
@@ -149,7 +150,7 @@ def parse_args(argv=None):
     add("--out", default="runs/jeat", help="folder of the run")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
-    add("--test-images", type=positive, default=10000, help="whose accuracy is taken, at most")
+    add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="buffer: of --method jeat only")
     add("--start", default="class", metavar="KIND",
@@ -168,11 +169,12 @@ def parse_args(argv=None):
 
     no_buffer = dict(sampler=["gaussian", "noise"])
     small = dict(
-        out="runs/jeat-small", arch="small-48", epochs=20, lr=1e-3, sgld_steps=8, buffer_size=5000,
-        test_images=1000, num_samples=1000)
+        out="runs/jeat-small", arch="small-32", epochs=6, lr=3e-4, lr_drops=[0.6, 0.85],
+        sgld_steps=5, buffer_size=1000, test_images=1000, num_samples=500)
     smoke = dict(
         out="runs/jeat-smoke", arch="small-24", epochs=10, lr=3e-3, lr_drops=[0.6, 0.85],
         sgld_steps=6, buffer_size=300, sample_steps=60, num_samples=100)
+    # pairs: where all flags of the left are given, the defaults of the right; later ones win
     args = read_flags(training, running, argv, [
         ({"method": "prejeat"}, no_buffer), ({"method": "at"}, no_buffer | dict(attack_steps=10)),
         ({"small": True}, small), ({"smoke": True}, smoke)])
@@ -263,6 +265,7 @@ def train(f, buffer, x_train, y_train, args):
 
 def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
     """One pass over the images -> its figures. ValueError: it diverged."""
+    # prejeat is jeat without a buffer
     score = cross_entropy if args.method == "at" else joint_energy_score
     attack = dict(steps=args.attack_steps, step_size=args.attack_step_size, eps=args.attack_eps,
                   norm=args.norm)
@@ -290,7 +293,8 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
     largest = torch.cat([values.flatten(), e_clean[None]]).abs().max().item()
     if math.isnan(largest) or largest > 1e8:
         raise ValueError(f"a loss or an energy of size {largest:.3g}")
-    figures = dict(zip(("loss", "ce", "e_adv", "e_k"), values.mean(0).tolist()))
+    names = ("loss", "ce", "e_adv", "e_k")[:values.shape[1]]  # no e_k without a buffer
+    figures = dict(zip(names, values.mean(0).tolist()))
     figures["e_clean"] = e_clean.item()
     if (epoch + 1) % 5 == 0:
         figures["pgd20_train"] = accuracy(f, x, y, cross_entropy, **pgd20(args))

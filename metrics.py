@@ -325,7 +325,7 @@ def true_float32():
     matmul = torch.get_float32_matmul_precision()
     try:
         cudnn = backends.cudnn.allow_tf32
-    except RuntimeError:  # the new ones are "none" by now, no TF32: it contradicts them, so is True
+    except RuntimeError:  # raised where it contradicts the new ones; they say no TF32: it is True
         cudnn = True
     dtype = torch.get_default_dtype()
     try:
@@ -381,11 +381,9 @@ def score(paths, data="./data", reference=None, weights=None, device="cpu", batc
         result = {"file": str(path)}
         result.update(evaluate(images, (mu, sigma), net, batch_size, str(path)))
         result["weights"] = net.weights_hash
-        # too few samples alone: evaluate has warned
-        if few and len(images) < ENOUGH_IMAGES:
-            result["warning"] = "fewer than 2,048 images and reference images: biased FID"
-        elif few:
-            result["warning"] = "fewer than 2,048 reference images: biased FID"
+        if few:  # otherwise evaluate's own warning, if any, stands
+            both = "images and " if len(images) < ENOUGH_IMAGES else ""
+            result["warning"] = f"fewer than 2,048 {both}reference images: biased FID"
         results.append(result)
     return results
 
@@ -435,7 +433,8 @@ def cifar10_statistics(net, data, batch_size=BATCH_SIZE):
         with open(unfinished, "wb") as file:
             np.savez(file, mu=mu.numpy(force=True), sigma=sigma.numpy(force=True))
         os.replace(unfinished, cache)
-    except OSError as e:  # a read-only folder must not cost the result
+    except OSError as e:  # a read-only or full folder must not cost the result
+        unfinished.unlink(missing_ok=True)
         warn(f"the reference was not kept ({one_line(e)})")
     return mu, sigma
 

@@ -103,8 +103,7 @@ def worst_case(score, x, steps, step_size, *, eps, restarts=1, norm="l2", genera
     if restarts < 1:
         raise ValueError(f"restarts must be >= 1, not {restarts}")
     best = x.detach().clone()
-    with torch.no_grad():
-        value = score(best)
+    value = score(best).detach()
 
     def keep(k, x_k, score_k):
         nonlocal best, value
@@ -115,8 +114,7 @@ def worst_case(score, x, steps, step_size, *, eps, restarts=1, norm="l2", genera
     for restart in range(restarts):
         x_k = ascend(score, x, steps, step_size, eps=eps, norm=norm, random_start=restart > 0,
                      generator=generator, callback=keep)
-        with torch.no_grad():
-            keep(steps, x_k, score(x_k))
+        keep(steps, x_k, score(x_k).detach())
     if value.isnan().any():
         raise ValueError(f"worst_case: {_share(value.isnan())} met a score that is NaN")
     return best, value
@@ -234,7 +232,7 @@ def cross_entropy(f, y):
         logits = at_least_float32(f(x))
         if logits.shape[1] < 2:
             raise ValueError("cross-entropy needs logits of at least two classes")
-        labels = check_labels(y, logits)
+        labels = check_labels(y, logits.shape)
         others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
         lead = take(logits, labels) - others
         return F.softplus(-lead) - 1e-30 * lead
@@ -252,17 +250,18 @@ def logit(f, sign=1):
 
 
 def info_nce(g, positive, temperature, other_positives=True):
-    """The contrastive attack (CEM, recalled). Unit z = g(x), z' = g(positive); f_ij = z_i.z_j / t:
-    -f_ii' + log [ exp f_ii' + sum_{j != i} exp f_ij + sum_{j != i} exp f_ij' ], NT-Xent's loss of
-    row i. The gradient goes through all z_j; z' is held.
+    """The contrastive attack (CEM, recalled). Unit z = g(x), z' = g(positive),
+    f_ij = z_i.z_j / t, f_ij' = z_i.z'_j / t. NT-Xent's loss of row i:
+    -f_ii' + log [ exp f_ii' + sum_{j != i} exp f_ij + sum_{j != i} exp f_ij' ]. The gradient goes
+    through all z_j; z' is held.
 
     positive         the other view of each x. z' is computed here, once: call it inside eval_mode.
                      None: x [2B, ...] holds both views of an image, at i and i + B; all move
     other_positives  False drops the last sum: CEM's PGD sampler, with positive = x_0
     """
     if positive is not None:
-        # With gradients, though detached: under no_grad, older autocasts would cache casts of the
-        # weights without a graph, and the loss in the same autocast would give them no gradient.
+        # Not under no_grad: inside autocast, older PyTorch keeps the weights' bfloat16 copies,
+        # here without a graph, and a loss later in the same autocast would not reach the weights.
         with torch.enable_grad():
             z_prime = _unit(g(positive)).detach()
 
@@ -316,21 +315,22 @@ def at_least_float32(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def check_labels(y, logits, wait=False):
-    """Labels y as int64 [B], for logits [B, K]. ValueError: not integers [B] in 0 ... K - 1.
+def check_labels(y, shape, wait=False):
+    """Labels y as int64 [B], for logits of shape (B, K). ValueError: not integers in 0 ... K - 1.
     On CUDA the range is looked at with wait=True only, for that waits for the device: where y is
     an index into the logits, a wrong one stops the program anyway."""
-    if y.is_floating_point() or y.dtype == torch.bool or y.shape != logits.shape[:1]:
-        raise ValueError(f"labels must be integers [{len(logits)}], not {y.dtype} {list(y.shape)}")
+    n, classes = shape
+    if y.is_floating_point() or y.dtype == torch.bool or y.shape != (n,):
+        raise ValueError(f"labels must be integers [{n}], not {y.dtype} {list(y.shape)}")
     y = y.long()
-    if (wait or not y.is_cuda) and not ((y >= 0) & (y < logits.shape[1])).all():
-        raise ValueError(f"labels must be in 0 ... {logits.shape[1] - 1}, not {y.tolist()}"[:200])
+    if (wait or not y.is_cuda) and not ((y >= 0) & (y < classes)).all():
+        raise ValueError(f"labels must be in 0 ... {classes - 1}, not {y.tolist()}"[:200])
     return y
 
 
 def take(logits, y):
     """f_y [B] of logits [B, K] and labels y [B]."""
-    return logits.gather(1, check_labels(y, logits)[:, None]).squeeze(1)
+    return logits.gather(1, check_labels(y, logits.shape)[:, None]).squeeze(1)
 
 
 # ---------------------------------------------------------------- starts
@@ -342,12 +342,11 @@ class Gaussians(NamedTuple):
     pooled: bool
 
     def sample(self, labels, generator=None):
-        """float32 [B, ...] in [0, 1], one per label [B]; a pooled fit only counts the labels."""
+        """float32 [B, ...] in [0, 1], one per label [B]; a pooled fit uses only their number."""
         device = self.mean.device
         if self.pooled:
             labels = torch.zeros_like(labels)  # one Gaussian for all
-        shape = torch.empty(len(labels), len(self.rows))  # in the place of logits: only its shape
-        labels = check_labels(labels, shape, wait=True)
+        labels = check_labels(labels, (len(labels), len(self.rows)), wait=True)
         x = self.mean.float()[labels].flatten(1)
         for c in labels.unique().tolist():
             i = (labels == c).nonzero().squeeze(1)
@@ -458,7 +457,7 @@ def accuracy(f, x, y, score=None, *, batch_size=250, **ascend_args):
             if score is not None:
                 x_i = ascend(score(f, y_i), x_i, **ascend_args)
             logits = f(x_i)
-            correct.append(logits.argmax(1) == check_labels(y_i, logits, wait=True))
+            correct.append(logits.argmax(1) == check_labels(y_i, logits.shape, wait=True))
             finite.append(logits.isfinite().all(1))
     finite = torch.cat(finite)
     if not finite.all():
