@@ -134,7 +134,7 @@ def parse_args(argv=None):
     add = training.add_argument_group("training; a checkpoint belongs to these").add_argument
     add("--mode", default="generation", choices=("generation", "ood"),
         help="ood: other defaults, SGD in place of Adam, no R1, a fixed K [official]")
-    add("--arch", default="resnet50", choices=("resnet50", "resnet18", "small-64", "small-32"),
+    add("--arch", default="resnet50", choices=("resnet50", "resnet18", "small-32"),
         help="[official]; small-W: three convolutions, of W, 2 W and 4 W channels")
     add("--classes", type=in_range(int, 0, 9), default=list(range(10)), nargs="+", metavar="0..9",
         help="of p_data [official]")
@@ -184,9 +184,10 @@ def parse_args(argv=None):
         out="runs/binary_at_ebm-ood", lr=0.1, batch_size=128, epochs=100, attack_eps=0.5,
         attack_steps=20, positive_eps=0.25, positive_steps=10)
     small = dict(
-        out="runs/binary_at_ebm-small", arch="small-64", classes=[1], p0="rest", translate_from=9,
-        epochs=80, batch_size=64, lr=1e-3, attack_steps=10, attack_step_size=0.3, positive_steps=2,
-        auc_window=50, num_samples=1000, ood_sets=["rest", "noise"], ood_images=200, ood_steps=20)
+        out="runs/binary_at_ebm-small", arch="small-32", classes=[1], p0="rest", translate_from=9,
+        epochs=40, batch_size=64, lr=1e-3, attack_steps=10, attack_step_size=0.3, positive_steps=2,
+        auc_window=50, epochs_per_step=3, num_samples=1000, ood_sets=["rest", "noise"],
+        ood_images=200, ood_steps=20)
     small_ood = dict(
         out="runs/binary_at_ebm-small-ood", lr=0.05, attack_steps=5, attack_step_size=0.2,
         positive_steps=3)

@@ -13,7 +13,7 @@ ICCV 2021. With the classifier's logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k
   python jeat.py --method at --out runs/at         the paper's baseline: PGD-10 on CE, the same net
   python jeat.py --method prejeat --out runs/pre   our definition: CE at JEAT's x_adv, no log p(x)
   python jeat.py --small                  CIFAR-10 on a CPU: a small net, a short schedule
-  python jeat.py --smoke                  drawn digits, no data: about a minute on two CPU cores
+  python jeat.py --smoke                  drawn digits, no data: under a minute on two CPU cores
   python jeat.py --smoke --method at --attack-steps 0 --out runs/twin    the control: no attack
 
 Writes checkpoint.pt, log.jsonl, samples_{gaussian,noise,buffer}.{png,npz}, results.json to --out.
@@ -172,8 +172,8 @@ def parse_args(argv=None):
         out="runs/jeat-small", arch="small-32", epochs=6, lr=3e-4, lr_drops=[0.6, 0.85],
         sgld_steps=5, buffer_size=1000, test_images=1000, num_samples=500)
     smoke = dict(
-        out="runs/jeat-smoke", arch="small-24", epochs=10, lr=3e-3, lr_drops=[0.6, 0.85],
-        sgld_steps=6, buffer_size=300, sample_steps=60, num_samples=100)
+        out="runs/jeat-smoke", arch="small-24", epochs=6, batch_size=32, lr=2e-3,
+        lr_drops=[0.5, 0.8], sgld_steps=5, buffer_size=300, sample_steps=40, num_samples=100)
     # pairs: where all flags of the left are given, the defaults of the right; later ones win
     args = read_flags(training, running, argv, [
         ({"method": "prejeat"}, no_buffer), ({"method": "at"}, no_buffer | dict(attack_steps=10)),

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one core for the 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 import cem_sup  # noqa: E402
 from samplers import to_float  # noqa: E402
@@ -55,21 +56,48 @@ def classifier(out):
     return f.eval()
 
 
+def no_digits(images):
+    """Of each image [B, 3, 32, 32] one that shows no digit, in its colours: its 8 x 8 blocks shuffled; its spectrum
+    with other phases; stripes, bent. And the stripes alone, in -1 ... 1 [B, 1, 32, 32]."""
+    n, mean = len(images), images.mean((2, 3), keepdim=True)
+    blocks = images.unflatten(2, (4, 8)).unflatten(4, (4, 8)).permute(2, 4, 0, 1, 3, 5).flatten(0, 1)  # 16 of them
+    order = torch.rand(16, n).argsort(0)
+    blocks = blocks[order, torch.arange(n)].unflatten(0, (4, 4))
+    shuffled = blocks.permute(2, 3, 0, 4, 1, 5).reshape(images.shape)
+    phases = torch.fft.rfft2(torch.randn(n, 1, 32, 32)).sgn()
+    texture = torch.fft.irfft2(torch.fft.rfft2(images - mean).abs() * phases, s=(32, 32))
+    texture = mean + texture * (1 + 4 * torch.rand(n, 1, 1, 1))
+    rows, columns = torch.meshgrid(*[torch.linspace(-1, 1, 32)] * 2, indexing="ij")
+    angle, frequency, bend = torch.rand(3, n, 1, 1, 1)
+    bend = 4 * bend * F.interpolate(torch.randn(n, 1, 4, 4), size=(32, 32), mode="bicubic")
+    along = rows * (torch.pi * angle).sin() + columns * (torch.pi * angle).cos()
+    stripes = ((6 + 30 * frequency) * along + bend).sin()
+    kind = torch.randint(3, (n, 1, 1, 1))
+    striped = mean + 0.4 * stripes * torch.randn(n, 3, 1, 1)
+    return torch.where(kind == 0, shuffled, torch.where(kind == 1, texture, striped)).clamp(0, 1), stripes
+
+
 def train_judge(seed=100, epochs=8):
-    """A classifier of the drawn classes on other draws: no attack, but noise, contrast, brightness and blur, so that
-    it neither calls noise a class nor mistakes saturated samples."""
+    """A classifier of the drawn classes, and an eleventh for images that show no digit, on other draws: no attack, but
+    noise, contrast, brightness, blur and stripes. Without the eleventh, any texture has to be a digit, and those of
+    unattacked nets are taken for the digit asked for."""
     torch.manual_seed(seed)
     f, (x, y) = cem_sup.make_model("small-16").train(), cem_sup.draw(4000, seed)
+    f.net[-1] = nn.Linear(f.net[-1].in_features, 11)
     optimizer = torch.optim.SGD(f.parameters(), 0.1, 0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * 63)
     for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(64):
-            b, u = to_float(x[batch]), torch.rand(5, len(batch), 1, 1, 1)
+            b, u = to_float(x[batch]), torch.rand(6, len(batch), 1, 1, 1)
+            none, stripes = no_digits(b)
+            is_none = u[0] < 0.3
+            b = torch.where(is_none, none, b + 0.3 * u[1] * stripes * torch.randn(len(b), 3, 1, 1))
+            labels = torch.where(is_none.flatten(), 10, y[batch])
             mean = b.mean((1, 2, 3), keepdim=True)
-            b = mean + (b - mean) * (0.4 + 1.6 * u[0]) + 0.3 * (u[1] - 0.5)
-            b = torch.where(u[2] < 0.3, F.avg_pool2d(F.pad(b, (1,) * 4, mode="replicate"), 3, 1), b)
-            b = (b + 0.2 * u[3] * torch.randn_like(b)).clamp(0, 1)
-            loss = F.cross_entropy(f(b), y[batch])
+            b = mean + (b - mean) * (0.4 + 1.6 * u[2]) + 0.3 * (u[3] - 0.5)
+            b = torch.where(u[4] < 0.3, F.avg_pool2d(F.pad(b, (1,) * 4, mode="replicate"), 3, 1), b)
+            b = (b + 0.2 * u[5] * torch.randn_like(b)).clamp(0, 1)
+            loss = F.cross_entropy(f(b), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
