@@ -123,8 +123,9 @@ def parse_args(argv=None):
         help="[paper]; prejeat: our definition, CE at JEAT's x_adv, no log p(x); at: CE at its own "
              "adversary; both without negatives and buffer")
     add("--arch", default="wrn-28-10", choices=("wrn-28-10", "wrn-16-8", "wrn-16-4", "wrn-16-2",
-                                                "wrn-10-2", "small-32", "small-24"),
-        help="wrn-D-W: depth, width [JEM]; small-W: three convolutions, of W, 2 W, 4 W channels")
+                                                "wrn-10-2", "small-32", "flat-24"),
+        help="wrn-D-W: depth, width [JEM]; small-W, flat-W: three convolutions, of W, 2 W and 4 W "
+             "channels [ours]")
     add("--batch-size", type=positive, default=64, help="images [JEM]")
     add("--lr", type=number, default=1e-4, help="learning rate [JEM]")
     add("--lr-drops", type=fraction, default=[0.8, 0.9], nargs="*",
@@ -169,10 +170,10 @@ def parse_args(argv=None):
 
     no_buffer = dict(sampler=["gaussian", "noise"])
     small = dict(
-        out="runs/jeat-small", arch="small-32", epochs=6, lr=3e-4, lr_drops=[0.6, 0.85],
+        out="runs/jeat-small", arch="small-32", epochs=6, lr=5e-4, lr_drops=[0.6, 0.85],
         sgld_steps=5, buffer_size=1000, test_images=1000, num_samples=500)
     smoke = dict(
-        out="runs/jeat-smoke", arch="small-24", epochs=6, batch_size=32, lr=2e-3,
+        out="runs/jeat-smoke", arch="flat-24", epochs=6, batch_size=32, lr=2e-3,
         lr_drops=[0.5, 0.8], sgld_steps=5, buffer_size=300, sample_steps=40, num_samples=100)
     # pairs: where all flags of the left are given, the defaults of the right; later ones win
     args = read_flags(training, running, argv, [
@@ -216,12 +217,20 @@ class Classifier(nn.Module):
 
 
 def make_model(arch="wrn-28-10"):
-    """A Classifier: wrn-D-W, a wide ResNet of depth D = 6 n + 4 and width W [JEM]; or small-W
-    [ours], three convolutions, whose last map is not averaged: it learns digits much faster so."""
+    """A Classifier: wrn-D-W, a wide ResNet of depth D = 6 n + 4 and width W [JEM]; or three
+    convolutions [ours]: of small-W, the last map is averaged; not so of flat-W, which learns digits
+    much faster."""
     if arch.startswith("small"):
         w = int(arch.removeprefix("small-"))
         return Classifier(nn.Sequential(
-            nn.Conv2d(3, w, 6, 4, 1), nn.LeakyReLU(0.2),  # windows overlap, or samples show a grid
+            nn.Conv2d(3, w, 4, 2, 1), nn.LeakyReLU(0.2),  # windows overlap, or samples show a grid
+            nn.Conv2d(w, 2 * w, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * w, 4 * w, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten()), width=4 * w)
+    if arch.startswith("flat"):
+        w = int(arch.removeprefix("flat-"))
+        return Classifier(nn.Sequential(
+            nn.Conv2d(3, w, 6, 4, 1), nn.LeakyReLU(0.2),
             nn.Conv2d(w, 2 * w, 3, 1, 1), nn.LeakyReLU(0.2),
             nn.Conv2d(2 * w, 4 * w, 4, 2, 1), nn.LeakyReLU(0.2), nn.Flatten()), width=64 * w)
     depth, w = map(int, arch.removeprefix("wrn-").split("-"))
