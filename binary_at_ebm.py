@@ -253,7 +253,7 @@ def train(f, x_train, p_0, args):
         r1, first_K = 0.01, 0
     else:
         optimizer = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, nesterov=True)
-        r1, first_K = 0.0, args.attack_steps
+        r1, first_K = 0.0, args.attack_steps  # the gate's last K: it stays there
     most = args.epochs_per_step * math.ceil(len(x_train) / args.batch_size)
     gate = Gate(first_K, args.attack_steps, args.auc_threshold, args.auc_window, most)
     attack = dict(J=args.positive_steps, step=args.attack_step_size, step_pos=args.attack_step_size,
@@ -340,7 +340,8 @@ def detect(f, x_data, x, images=1024, steps=100, eps=1.0):
     x = to_float(x[torch.randperm(len(x), device=x.device)[:images]])
     worst = []
     for batch in progress(x.split(256), "outliers"):
-        worst.append(worst_case(logit(f), batch, steps, 2.5 * eps / steps, eps=eps, restarts=5)[1])
+        _, f_best = worst_case(logit(f), batch, steps, 2.5 * eps / steps, eps=eps, restarts=5)
+        worst.append(f_best)
     f_data, f_x = scores(f, x_data), scores(f, x)
     f_worst = torch.cat(worst).maximum(f_x)  # worst_case saw x, too: this undoes rounding alone
     return {"n": len(x), "auroc": auc(f_data, f_x).item(),

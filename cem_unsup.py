@@ -86,7 +86,8 @@ SAMPLERS = {
     # the positive is the sample's start, the negatives are the other samples [assumed]
     "pgd": lambda g, x_0, tau: info_nce(g, x_0, tau, other_positives=False),
 }
-STARTS = {"pooled": "uncond", "class": "cond", "fields": "fields"}  # [slides]' names; fields: ours
+# of the files, by --start; the slides' names
+SUFFIXES = {"pooled": "uncond", "class": "cond", "fields": "fields"}
 
 
 def sample(g, sampler, start, args):
@@ -134,7 +135,7 @@ def parse_args(argv=None):
     add("--attack-views", default="both", choices=("both", "one"),
         help="the views that are moved [ACL, DynACL; the formula: one]")
     add("--norm", default="linf", choices=("l2", "linf"),
-        help="of ball and step [ACL, DynACL]; l2 needs another --attack-eps and step size")
+        help="of ball and step [ACL, DynACL]; another one needs another --attack-eps and step size")
     add("--attack-eps", type=number, default=8 / 255, help="radius, pixels in [0, 1] [ACL, DynACL]")
     add("--attack-steps", type=count, default=5,
         help="[ACL, DynACL]; 0: the control, without a random start either")
@@ -153,7 +154,7 @@ def parse_args(argv=None):
     add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME")
-    add("--start", default=["pooled", "class"], choices=STARTS, nargs="+", metavar="KIND",
+    add("--start", default=["pooled", "class"], choices=SUFFIXES, nargs="+", metavar="KIND",
         help="pooled: one Gaussian of all, uncond; class: one of each class, cond [assumed]; "
              "fields: random colours [ours]")
     add("--seed-split", default="train", choices=("train", "test"),
@@ -278,12 +279,13 @@ def random_boxes(n, size, least_area, device):
 def resized_crop(x, start, length):
     """The boxes start, length [B, 2] (rows, columns) of x [B, C, S, S], resized to S; bilinear, and
     nothing beyond the box is read [assumed; ACL: bicubic]."""
-    pixel = torch.arange(x.shape[-1], device=x.device)
+    new = old = torch.arange(x.shape[-1], device=x.device)  # pixels
 
     def weights(begin, count):  # [B] each -> [B, 1, S, S]: of old pixels (columns) in new ones
-        in_box = (pixel + 0.5) * count[:, None] / len(pixel) - 0.5
+        in_box = (new + 0.5) * count[:, None] / len(new) - 0.5
         source = begin[:, None] + in_box.clamp(min=0).minimum(count[:, None] - 1)
-        return (1 - (source[:, :, None] - pixel).abs()).clamp(min=0)[:, None]
+        distance = (source[:, :, None] - old).abs()  # [B, new, old]
+        return (1 - distance).clamp(min=0)[:, None]
 
     rows = weights(start[:, 0], length[:, 0])
     columns = weights(start[:, 1], length[:, 1])
@@ -394,7 +396,7 @@ def run(args):
     samples = {}
     for sampler in args.sampler:
         for kind in args.start:
-            name = f"{sampler}-{STARTS[kind]}"
+            name = f"{sampler}-{SUFFIXES[kind]}"
             images, labels, entropies = sample(g, sampler, start[kind], args)
             save_samples(f"{args.out}/samples_{name}", images, labels if kind == "class" else None)
             samples[name] = {"n": len(images), "entropy": entropies}
