@@ -496,7 +496,8 @@ def resume(args, **parts):
 
 
 def training_flags(args):
-    return {"script": Path(__file__).stem, **{flag: getattr(args, flag) for flag in args.training}}
+    flags = {name: getattr(args, name) for name in args.training_names}
+    return {"script": Path(__file__).stem, **flags}
 
 
 def scored(args, samples):
@@ -550,7 +551,7 @@ def read_flags(training, running, argv, presets):
             parser.set_defaults(**defaults)
     args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
     args.amp = args.amp and args.device == "cuda"
-    args.training = list(vars(training.parse_args([])))  # the names: a checkpoint belongs to these
+    args.training_names = list(vars(training.parse_args([])))  # a checkpoint belongs to these
     return args
 
 

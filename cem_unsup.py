@@ -177,6 +177,7 @@ def parse_args(argv=None):
         out="runs/cem_unsup-smoke", arch="small-16", epochs=5, batch_size=64, lr=0.03,
         crop_area=0.4, jitter=1.0, gray=0.5, norm="l2", attack_eps=1.0,
         attack_steps=1, attack_step_size=1.25, sample_steps=30, num_samples=100)
+    # pairs: where all flags of the left are given, the defaults of the right
     return read_flags(training, running, argv, [({"small": True}, small), ({"smoke": True}, smoke)])
 
 
@@ -508,7 +509,8 @@ def resume(args, **parts):
 
 
 def training_flags(args):
-    return {"script": Path(__file__).stem, **{flag: getattr(args, flag) for flag in args.training}}
+    flags = {name: getattr(args, name) for name in args.training_names}
+    return {"script": Path(__file__).stem, **flags}
 
 
 def scored(args, samples):
@@ -562,7 +564,7 @@ def read_flags(training, running, argv, presets):
             parser.set_defaults(**defaults)
     args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
     args.amp = args.amp and args.device == "cuda"
-    args.training = list(vars(training.parse_args([])))  # the names: a checkpoint belongs to these
+    args.training_names = list(vars(training.parse_args([])))  # a checkpoint belongs to these
     return args
 
 

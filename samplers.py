@@ -260,8 +260,9 @@ def info_nce(g, positive, temperature, other_positives=True):
     other_positives  False drops the last sum: CEM's PGD sampler, with positive = x_0
     """
     if positive is not None:
-        # Not under no_grad: inside autocast, older PyTorch keeps the weights' bfloat16 copies,
-        # here without a graph, and a loss later in the same autocast would not reach the weights.
+        # enable_grad, not no_grad: autocast caches the weights' bfloat16 copies. Cast under no_grad
+        # they have no graph; older PyTorch then reuses them, and a later loss in the same autocast
+        # would give the weights no gradient.
         with torch.enable_grad():
             z_prime = _unit(g(positive)).detach()
 
@@ -270,8 +271,8 @@ def info_nce(g, positive, temperature, other_positives=True):
         if len(z) < 2:
             raise ValueError("contrast needs a batch of at least two samples")
         if positive is None:
-            if len(z) % 2:
-                raise ValueError(f"two views of each image, not {len(z)} samples")
+            if len(z) % 2 or len(z) < 4:
+                raise ValueError(f"two views of each of two images or more, not {len(z)} samples")
             other_view = torch.cat([z[len(z) // 2:], z[:len(z) // 2]])
             f_positive = (z * other_view).sum(1, keepdim=True) / temperature
             terms = [_similarity_to_others(z, z, temperature)]  # holds the positive
@@ -317,8 +318,8 @@ def at_least_float32(t):
 
 def check_labels(y, shape, wait=False):
     """Labels y as int64 [B], for logits of shape (B, K). ValueError: not integers in 0 ... K - 1.
-    On CUDA the range is looked at with wait=True only, for that waits for the device: where y is
-    an index into the logits, a wrong one stops the program anyway."""
+    On CUDA the range is checked with wait=True only, because the check waits for the device.
+    Without it, y must be used as an index into the logits: a wrong label is a device assert."""
     n, classes = shape
     if y.is_floating_point() or y.dtype == torch.bool or y.shape != (n,):
         raise ValueError(f"labels must be integers [{n}], not {y.dtype} {list(y.shape)}")

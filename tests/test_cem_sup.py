@@ -177,7 +177,7 @@ def test_defaults():
     running = {"small", "epochs", "data", "out", "device", "amp", "test_images", "sampler", "start", "seed_split",
                "num_samples",
                "sample_steps", "sample_step_size", "sample_eps", "sample_norm", "sample_noise", "sample_batch_size"}
-    assert args.keys() - set(args["training"]) == running | {"training"}
+    assert args.keys() - set(args["training_names"]) == running | {"training_names"}
 
 
 def test_presets_are_defaults_only():

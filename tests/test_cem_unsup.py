@@ -488,7 +488,7 @@ def test_defaults():
                   sampler=["maxent", "pgd"], start=["pooled", "class"])
     args = cem_unsup.parse_args([])
     assert {k: vars(args)[k] for k in wanted} == wanted
-    assert {"temperature", "attack_views", "crop_area", "jitter", "gray", "warmup_epochs"} <= set(args.training)
+    assert {"temperature", "attack_views", "crop_area", "jitter", "gray", "warmup_epochs"} <= set(args.training_names)
 
 
 def test_training_passes_on_its_flags_and_two_views_of_whole_batches(tmp_path, monkeypatch):
