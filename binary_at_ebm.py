@@ -185,7 +185,7 @@ def parse_args(argv=None):
         attack_steps=20, positive_eps=0.25, positive_steps=10)
     small = dict(
         out="runs/binary_at_ebm-small", arch="small-32", classes=[1], p0="rest", translate_from=9,
-        epochs=40, batch_size=64, lr=1e-3, attack_steps=10, attack_step_size=0.3, positive_steps=2,
+        epochs=24, batch_size=64, lr=1e-3, attack_steps=5, attack_step_size=0.3, positive_steps=2,
         auc_window=50, epochs_per_step=3, num_samples=1000, ood_sets=["rest", "noise"],
         ood_images=200, ood_steps=20)
     small_ood = dict(
