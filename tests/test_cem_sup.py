@@ -20,7 +20,7 @@ from PIL import Image
 import cem_sup
 import conftest
 import metrics
-from conftest import ROOT, classifier, run_script, train_judge
+from conftest import ROOT, classifier, no_digits, run_script, train_judge
 from samplers import accuracy, ascend, cross_entropy, fit_gaussians, to_float
 
 TINY = ("--smoke --batch-size 128 --limit 256 --num-samples 20 --epochs 2 --sample-steps 3 --attack-steps 1 "
@@ -274,13 +274,23 @@ def test_attacked_training_learns_to_sample(cem_sup_smoke, cem_sup_twin, judge, 
     """Bounds lie below the worst of five seeds: see README, "Smoke runs and their controls"."""
     monkeypatch.undo()
     figures = learning(judge, cem_sup_smoke.out, cem_sup_twin.out, 200, [
-        "pooled seeds", "attacked ta pooled", "attacked cs pooled", "twin cs pooled", "attacked pgd20", "twin pgd20"])
+        "pooled seeds", "attacked ta pooled", "twin ta pooled", "attacked cs pooled", "twin cs pooled", "attacked pgd20",
+        "twin pgd20"])
     print(json.dumps(figures))
-    assert accuracy(judge, *cem_sup.draw(500, 1)) > 0.98  # the judge knows the digits
     assert figures["pooled seeds"] < 0.2
-    assert figures["attacked ta pooled"] >= 0.85 and figures["attacked cs pooled"] >= 0.75
-    assert figures["twin cs pooled"] < figures["attacked cs pooled"] - 0.1  # TA's says nothing: see README
-    assert figures["twin pgd20"] < figures["attacked pgd20"] - 0.25
+    assert figures["attacked ta pooled"] >= 0.75 and figures["attacked cs pooled"] >= 0.7
+    for name in ("ta pooled", "cs pooled", "pgd20"):
+        assert figures[f"twin {name}"] < figures[f"attacked {name}"] - 0.15
+
+
+@pytest.mark.slow
+def test_the_judge_knows_digits_and_what_is_none(judge):
+    x, y = cem_sup.draw(500, 1)
+    assert accuracy(judge, x, y) > 0.98
+    torch.manual_seed(0)
+    for none in (no_digits(to_float(x))[0], torch.rand(100, 3, 32, 32)):
+        with torch.no_grad():
+            assert (judge(none).argmax(1) == 10).double().mean() > 0.9
 
 
 # ---------------------------------------------------------------- resume

@@ -459,7 +459,8 @@ def learning(judge, run, twin):
         figures[f"{who} change at 4 / spread of E(x)"] = figures[f"{who} change at 4"] / (
             flat["e_x"]["clean"][4] - flat["e_x"]["clean"][0])
         torch.manual_seed(0)
-        ends = {"l2": ascend(score, pooled, 60, 0.5), "raw": sgld(score, pooled, 60, 0.25, 0.005)}
+        ends = {"l2": ascend(score, pooled, 60, 0.5), "raw": sgld(score, pooled, 60, 0.25, 0.005),
+                "noise": sgld(score, torch.rand(200, 3, 32, 32), 60, 0.25, 0.005)}
         for name, x_k in ends.items():
             figures[f"{who} {name}"] = accuracy(judge, to_uint8(x_k), labels)
     f, buffer, last = classifier(run), checkpoint_of(run)["buffer"]["x"], epochs_of(run)[-1]
@@ -472,14 +473,15 @@ def learning(judge, run, twin):
 
 
 def test_jeat_learns_an_energy_whose_chains_stay(jeat_smoke, jeat_twin, judge):
-    """Bounds lie below the worst of README's seeds. Robustness and recognition are no claim against the twin there."""
+    """Bounds lie below the worst of README's seeds. Robustness is no claim against the twin there."""
     figures = learning(judge, jeat_smoke.out, jeat_twin.out)
     print(json.dumps(figures))
     assert figures["jeat drift"] < 0.2 * figures["twin drift"]
     assert abs(figures["E(data) - E(buffer)"]) < 0.2 * abs(figures["E(data) - E(noise)"])
-    assert figures["jeat change at 4"] < 0.9 * figures["twin change at 4"]
-    assert figures["jeat pgd20"] > 0.3
-    assert figures["seeds"] < 0.2 and figures["jeat l2"] > 0.4
+    assert figures["jeat pgd20"] > 0.2
+    assert figures["seeds"] < 0.2
+    for name in ("l2", "raw", "noise"):
+        assert figures[f"jeat {name}"] > figures[f"twin {name}"] + 0.15
 
 
 # ---------------------------------------------------------------- real data, CUDA
