@@ -87,7 +87,7 @@ STEPS = {"cem_sup": (cem_sup, cem_sup_step, lambda K: 2 * K + 3, 1),
          "binary_at_ebm": (binary_at_ebm, binary_at_ebm_step, lambda K: 2 * K + 2 * 2 + 9.3, 0)}
 
 
-SMALL = {cem_sup: "small-16", cem_unsup: "small-32", jeat: "flat-24", binary_at_ebm: "small-32"}
+SMALL = {cem_sup: "small-16", cem_unsup: "small-32", jeat: "small-24", binary_at_ebm: "small-32"}
 
 
 @pytest.mark.parametrize("name", STEPS)
