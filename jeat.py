@@ -21,8 +21,8 @@ The same command resumes after the last finished epoch; a finished run samples a
 sampling flags too. log.jsonl holds the pieces of the loss, means over the updates; E(x) of 250
 clean train images as e_clean; and every five epochs the PGD-20 accuracy on those 250, because
 training can overfit to a one-step attack. results.json holds the flatness of the energy and, for
-each sampler, quantiles of E(x). Chains are not clamped (--clamp-chains: they are), the images in files are. JEM-like training
-diverges now and then: the run then stops and says how to go on.
+each sampler, quantiles of E(x). Chains are not clamped without --clamp-chains, the images in files
+are. JEM-like training diverges now and then: the run then stops and says how to go on.
 
 Sources of the defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the
 code of Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading; [ours]

@@ -302,6 +302,7 @@ def test_data_keep_a_higher_logit_than_what_a_long_attack_makes(binary_at_ebm_sm
     print(json.dumps({"attacked": attacked, "control": control}))
     assert attacked["auc"] > 0.9 and control["auc"] > 0.9  # both tell the data from p_0 as it is
     assert attacked["auc attacked"] >= 0.85
+    assert attacked["recognised before, after"][1] > control["recognised before, after"][1] + 0.04
     assert control["auc attacked"] <= 0.6
 
 

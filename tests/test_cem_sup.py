@@ -274,8 +274,8 @@ def test_attacked_training_learns_to_sample(cem_sup_smoke, cem_sup_twin, judge, 
     """Bounds lie below the worst of five seeds: see README, "Smoke runs and their controls"."""
     monkeypatch.undo()
     figures = learning(judge, cem_sup_smoke.out, cem_sup_twin.out, 200, [
-        "pooled seeds", "attacked ta pooled", "twin ta pooled", "attacked cs pooled", "twin cs pooled", "attacked pgd20",
-        "twin pgd20"])
+        "pooled seeds", "attacked ta pooled", "twin ta pooled", "attacked cs pooled", "twin cs pooled",
+        "attacked pgd20", "twin pgd20"])
     print(json.dumps(figures))
     assert figures["pooled seeds"] < 0.2
     assert figures["attacked ta pooled"] >= 0.75 and figures["attacked cs pooled"] >= 0.7
