@@ -95,18 +95,6 @@ def test_loss_telescopes_and_is_that_of_the_attack_and_the_chains_by_hand():
     assert torch.equal(buffer.x[others], before[others]) and not buffer.x.requires_grad
 
 
-def test_clamped_chains_stay_in_the_box_in_training_and_in_sampling():
-    f, x, y, buffer = double_precision()
-    jeat_loss(f, x, y, buffer, sgld_steps=3, clamp=(0.0, 1.0), steps=0, step_size=0, eps=0)
-    assert buffer.x.min() == 0 and buffer.x.max() == 1
-    flags = ["--smoke", "--num-samples", "4", "--sample-steps", "2", "--sample-noise", "1", "--device", "cpu"]
-    f, ends = jeat.make_model("small-24").eval(), []
-    f.register_forward_pre_hook(lambda net, inputs: ends.append(inputs[0]))
-    for clamp in ([], ["--clamp-chains"]):
-        jeat.sample(f, "noise", lambda i: torch.rand(4, 3, 32, 32), jeat.parse_args([*flags, *clamp]))
-        assert (ends[-1].min() >= 0 and ends[-1].max() <= 1) == bool(clamp)
-
-
 @pytest.mark.parametrize("norm, eps", [("linf", 0.05), ("l2", 1.0)])
 @pytest.mark.parametrize("score", [joint_energy_score, cross_entropy])
 def test_the_other_methods_loss_is_ce_where_their_attack_ends(score, norm, eps):
@@ -246,8 +234,8 @@ def test_each_method_trains_on_its_own_loss(trained):
                                         ("at", cross_entropy, 2, {"ce", "e_adv"})):
         calls, _, out = trained("--method", method, "--attack-steps", "2", "--epochs", "1", "--norm", "l2")
         assert len(calls) == 3
-        for x, (buffer, used, sgld_steps, clamp), attack in calls:
-            assert x.min() >= 0 and x.max() <= 1 and used is score and sgld_steps == 2 and clamp is None
+        for x, (buffer, used, sgld_steps), attack in calls:
+            assert x.min() >= 0 and x.max() <= 1 and used is score and sgld_steps == 2
             assert (buffer is not None) == (method == "jeat")
             assert attack == dict(steps=2, step_size=step / 255, eps=8 / 255, norm="l2")
         (epoch,) = epochs_of(out)
