@@ -170,9 +170,9 @@ def parse_args(argv=None):
         help="N, samples that move together, at most: the batches are as equal as can be, and 2 "
              "could leave one alone")
     small = dict(
-        out="runs/cem_unsup-small", arch="small-32", epochs=20, batch_size=256, lr=0.3,
+        out="runs/cem_unsup-small", arch="small-32", epochs=5, batch_size=256, lr=0.3,
         norm="l2", attack_eps=1.0, attack_steps=2, attack_step_size=0.6, test_images=1000,
-        num_samples=1024)
+        num_samples=512)
     smoke = dict(
         out="runs/cem_unsup-smoke", arch="small-16", epochs=5, batch_size=64, lr=0.03,
         crop_area=0.4, jitter=1.0, gray=0.5, norm="l2", attack_eps=1.0,
