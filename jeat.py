@@ -169,7 +169,7 @@ def parse_args(argv=None):
 
     no_buffer = dict(sampler=["gaussian", "noise"])
     small = dict(
-        # lr 3e-4 to 1e-3 diverged in the first two epochs, with --sgld-steps 5 to 8
+        # lr 3e-4 to 1e-3 diverged in the first two epochs, with --sgld-steps 5 or 6
         out="runs/jeat-small", arch="small-24", epochs=2, sgld_steps=8, buffer_size=1000,
         test_images=1000, num_samples=500)
     smoke = dict(

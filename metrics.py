@@ -17,6 +17,11 @@ The semantics are those of the TensorFlow originals as torch-fidelity reproduces
 - IS: softmax of all 1008 logits without bias, shuffle by RandomState(2020), 10 splits, and the
   population std over them;
 - the network runs in true float32 (no TF32, no bfloat16), statistics and scores in float64.
+
+torch-fidelity's own tests, against which this can be checked with the weights at hand: IS of
+CIFAR-10 train 11.2368 +- 0.0951; FID 10.3233 between 5,000 train and 5,000 test images, each
+np.random.RandomState(2020).choice(len(set), 5000, replace=False); IS of that train subset, in
+ascending index order before the shuffle, 10.7505 +- 0.5779.
 """
 import argparse
 import contextlib
