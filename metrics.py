@@ -117,8 +117,9 @@ def covariance_root(sigma):
         raise ValueError(f"sigma is no covariance: it has the eigenvalue {values[0]:.2g}")
     # Eigenvalues that are only rounding are dropped: the root would turn 1e-16 into 1e-8.
     threshold = len(sigma) * torch.finfo(torch.float64).eps * largest
-    positive = values > threshold
-    return vectors[:, positive] * values[positive].sqrt()
+    kept = values > threshold
+    roots = values[kept].sqrt()
+    return vectors[:, kept] * roots  # each eigenvector, a column, times its root
 
 
 def as_gaussian(mu, sigma):

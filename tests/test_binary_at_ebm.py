@@ -420,6 +420,8 @@ def test_every_iteration_uses_the_gates_k_and_its_own_images(tmp_path, monkeypat
          "--epochs-per-step", 1, "--num-samples", 5, "--sample-steps", 1, "--ood-sets")
     assert seen == [v for K in (0, 1, 2, 3, 3) for v in ("crop", "crop", (K, True, True, True), False, K + 2 + 2)]
     assert not torch.equal(x_0s[0], x_0s[1]) and len(x_0s[0].unique()) > 4  # drawn anew, from all of p_0
+    logged = [json.loads(line)["K"] for line in open(tmp_path / "log.jsonl")]
+    assert logged == [0, 1, 2, 3, 3]  # those trained, not the gate's next
 
 
 def test_sampling_takes_its_flags_and_starts_from_p0_each_before_any_again(tmp_path, monkeypatch):

@@ -184,6 +184,13 @@ def test_cem_loss_is_nt_xent_at_the_attacked_views(views, norm, eps, step):
     assert g.training
 
 
+def test_views_that_have_nothing_to_be_told_from_are_refused():
+    """A single pair: its score is 0 and its gradient rounding, which a normalised step would follow."""
+    for n in (2, 3):
+        with pytest.raises(ValueError, match="two views of each"):
+            info_nce(encoder(), None, 0.5)(points(n, 1))
+
+
 @pytest.mark.parametrize("views", ["one", "both"])
 def test_without_an_attack_it_is_contrastive_learning(views):
     """And under autocast every parameter learns nearly the same: z' is computed in the training's region, where casts
