@@ -303,8 +303,9 @@ def load_all(args):
     """x_train of p_data, p_0, x_data and x_rest (test images of --classes and of the others), and
     the images to translate, or None; all uint8 [N, 3, 32, 32]. ValueError: flags that ask for what
     is not there."""
-    if args.translate_from in args.classes:
-        raise ValueError(f"--translate-from {args.translate_from} is one of --classes")
+    if "translation" in args.sampler and args.translate_from in args.classes:
+        raise ValueError(f"--translate-from {args.translate_from} is one of --classes; --sampler "
+                         "ascent goes without")
     if args.translate_from is None and set(args.sampler) == {"translation"}:
         raise ValueError("--sampler translation needs --translate-from")
     x_train, y_train, x_test, y_test = load_data(args)

@@ -1,9 +1,15 @@
 """Runs of the scripts and the judge, shared by the tests of a session. The judge and the unattacked twins live here:
 they are controls of the claims, no part of the methods."""
+import importlib
+import io
+import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,11 +39,6 @@ def run_script(name, *flags, cwd=ROOT, env=None, check=True):
     done = subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
-
-
-def smoke(name, out, *flags):
-    """A finished smoke run: its folder, its output and, for cem_sup, its classifier."""
-    return SimpleNamespace(out=out, stdout=run_script(name, "--smoke", "--out", out, *flags).stdout)
 
 
 def error(script, capsys, *flags, code=2):
@@ -107,21 +108,32 @@ def train_judge(seed=100, epochs=8):
 
 @pytest.fixture(scope="session")
 def judge():
-    return train_judge()
+    return train_judge(epochs=4)
 
 
-# Twins and the control: the same net, data and updates without the attack; of their samples only a few.
+# Smoke runs with few samples and, but for jeat, half of the training that README's tables are of. Twins and the
+# control: the same net, data and updates without the attack.
 SMOKES = {
-    "cem_sup_smoke": ("cem_sup",),
-    "cem_sup_twin": ("cem_sup", "--attack-steps", 0, "--sampler", "ta", "--sample-steps", 0),
-    "cem_unsup_smoke": ("cem_unsup",),
-    "cem_unsup_twin": ("cem_unsup", "--attack-steps", 0, "--sampler", "maxent", "--start", "pooled",
-                       "--sample-steps", 0),
-    "jeat_smoke": ("jeat",),
-    "jeat_twin": ("jeat", "--method", "at", "--attack-steps", 0, "--sampler", "noise", "--sample-steps", 0),
-    "binary_at_ebm_smoke": ("binary_at_ebm",),
-    "binary_at_ebm_control": ("binary_at_ebm", "--attack-steps", 0, "--sampler", "ascent", "--num-samples", 10,
-                              "--ood-sets")}
+    "cem_sup_smoke": "cem_sup --epochs 6 --test-images 100",
+    "cem_sup_twin": "cem_sup --epochs 6 --test-images 100 --attack-steps 0 --sampler ta --sample-steps 0",
+    "cem_unsup_smoke": "cem_unsup --epochs 3",
+    "cem_unsup_twin": "cem_unsup --epochs 3 --attack-steps 0 --sampler maxent --start pooled --sample-steps 0",
+    "jeat_smoke": "jeat --test-images 60",
+    "jeat_twin": "jeat --test-images 60 --method at --attack-steps 0 --sampler noise --sample-steps 0",
+    "binary_at_ebm_smoke": "binary_at_ebm --epochs 16",
+    "binary_at_ebm_control": "binary_at_ebm --epochs 16 --attack-steps 0 --sampler ascent --ood-sets"}
+DRAW = cache(cem_sup.draw)
+
+
+def smoke(command, out):
+    """A finished smoke run: its folder and its standard output."""
+    name, *flags = command.split()
+    script, stdout = importlib.import_module(name), io.StringIO()
+    script.draw = DRAW
+    with redirect_stdout(stdout), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        script.main([*flags, "--smoke", "--num-samples", "20", "--out", str(out)])
+    return SimpleNamespace(out=out, stdout=stdout.getvalue())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -135,26 +147,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def smoke_runs(request, tmp_path_factory):
-    """The smoke runs that the session's tests need, one after the other in the background; and a function that waits
-    for one of them."""
-    def begin(name, pool):
-        return pool.submit(smoke, SMOKES[name][0], tmp_path_factory.mktemp(name) / "run", *SMOKES[name][1:])
-
-    def wait(name):
-        for other in (name, *runs):  # not idly: those that have not begun are run here
-            if not runs[name].done() and runs[other].cancel():
-                with ThreadPoolExecutor(1) as here:
-                    runs[other] = begin(other, here)
-        return runs[name].result()
+    """The smoke runs that the session's tests need, by name: futures of a second process, which does one at a time."""
     needed = dict.fromkeys(n for item in request.session.items for n in item.fixturenames if n in SMOKES)
-    pool = ThreadPoolExecutor(1)
-    runs = {name: begin(name, pool) for name in needed}
-    yield wait
-    pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    yield {name: pool.submit(smoke, SMOKES[name], tmp_path_factory.mktemp(name) / "run") for name in needed}
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in multiprocessing.active_children():
+        process.terminate()
 
 
 def finished(name):
-    return pytest.fixture(scope="session", name=name)(lambda smoke_runs: smoke_runs(name))
+    return pytest.fixture(scope="session", name=name)(lambda smoke_runs: smoke_runs[name].result())
 
 
 for _name in SMOKES:

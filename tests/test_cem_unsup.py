@@ -394,13 +394,17 @@ def learning(g):
     (x, y), (x_test, y_test) = cem_unsup.draw(2000, 0), cem_unsup.draw(250, 1)  # as --smoke
     torch.manual_seed(0)
     probe = linear_probe(g, x, y)
-    figures = {"clean": accuracy(probe, x_test, y_test),
-               "pgd20": accuracy(probe, x_test, y_test, cross_entropy, steps=20, step_size=0.0625, eps=0.5)}
+    return {"clean": accuracy(probe, x_test, y_test),
+            "pgd20": accuracy(probe, x_test, y_test, cross_entropy, steps=20, step_size=0.0625, eps=0.5),
+            "coarse": coarse(g)}
+
+
+def coarse(g):
+    """Share of the energy of MaxEnt's move that 4 x 4 averaging leaves."""
     x_0 = pooled_starts()
     with eval_mode(g):
         d = ascend(entropy(g, TAU), x_0, 30, 0.5) - x_0
-    figures["coarse"] = float(16 * F.avg_pool2d(d, 4).square().sum() / d.square().sum())  # of the move's energy
-    return figures
+    return float(16 * F.avg_pool2d(d, 4).square().sum() / d.square().sum())
 
 
 def test_smoke_writes_everything(cem_unsup_smoke):
@@ -410,11 +414,11 @@ def test_smoke_writes_everything(cem_unsup_smoke):
     assert set(results["samples"]) == NAMES
     before = {}
     for name, row in results["samples"].items():
-        assert row["n"] == 100 and row["fid"] is None and row["reason"]
+        assert row["n"] == 20 and row["fid"] is None and row["reason"]
         z = np.load(out / f"samples_{name}.npz")
-        assert z["arr_0"].shape == (100, 32, 32, 3) and z["arr_0"].dtype == np.uint8
+        assert z["arr_0"].shape == (20, 32, 32, 3) and z["arr_0"].dtype == np.uint8
         assert name.endswith("uncond") != ("arr_1" in z)  # only cond has classes
-        assert Image.open(out / f"samples_{name}.png").size == (342, 342)
+        assert Image.open(out / f"samples_{name}.png").size == ((342, 70) if name.endswith("uncond") else (70, 342))
         assert (row["entropy"][1] > row["entropy"][0]) == name.startswith("maxent")
         before.setdefault(name.split("-")[1], set()).add(row["entropy"][0])
     assert all(len(s) == 1 for s in before.values())  # both samplers start from the same points
@@ -423,13 +427,14 @@ def test_smoke_writes_everything(cem_unsup_smoke):
 
 
 def test_attacked_training_learns_what_its_controls_do_not(cem_unsup_smoke, cem_unsup_twin):
-    """Bounds lie below the worst of five seeds: see README."""
-    attacked, twin = learning(trained(cem_unsup_smoke.out)), learning(trained(cem_unsup_twin.out))
-    untrained = learning(small().eval())
+    """After half of README's training, where five seeds are."""
+    reported, twin = (json.loads((run.out / "results.json").read_text())["accuracy"]
+                      for run in (cem_unsup_smoke, cem_unsup_twin))
+    twin["coarse"] = coarse(trained(cem_unsup_twin.out))
+    attacked, untrained = learning(trained(cem_unsup_smoke.out)), learning(small().eval())
     print(json.dumps({"attacked": attacked, "twin": twin, "untrained": untrained}))
     assert attacked["pgd20"] >= 0.1 and attacked["pgd20"] > max(twin["pgd20"], untrained["pgd20"]) + 0.08
-    assert attacked["coarse"] >= 0.4 and attacked["coarse"] >= 1.7 * max(twin["coarse"], untrained["coarse"])
-    reported = json.loads((cem_unsup_smoke.out / "results.json").read_text())["accuracy"]
+    assert attacked["coarse"] >= 0.4 and attacked["coarse"] >= 1.5 * max(twin["coarse"], untrained["coarse"])
     assert all(abs(reported[name] - attacked[name]) < 0.04 for name in ("clean", "pgd20"))
 
 

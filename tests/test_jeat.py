@@ -430,14 +430,14 @@ def test_smoke_writes_everything(jeat_smoke):
     assert {"args", "versions", "device", "seconds", "accuracy", "flatness", "samples"} <= set(results)
     for name in jeat.SAMPLERS:
         row, z = results["samples"][name], np.load(out / f"samples_{name}.npz")
-        assert row["n"] == 100 and row["fid"] is None and len(row["e_x"]) == 5
-        assert z["arr_0"].shape == (100, 32, 32, 3) and z["arr_0"].dtype == np.uint8
-        assert Image.open(out / f"samples_{name}.png").size == (342, 342)
+        assert row["n"] == 20 and row["fid"] is None and len(row["e_x"]) == 5
+        assert z["arr_0"].shape == (20, 32, 32, 3) and z["arr_0"].dtype == np.uint8
+        assert Image.open(out / f"samples_{name}.png").size == ((342, 70) if name == "buffer" else (70, 342))
         assert ("arr_1" in z) == (name != "buffer")  # whose chains have no class
     assert epochs[-1]["ce"] < 0.6 * epochs[0]["ce"] and epochs[4]["pgd20_train"] > 0.2
-    f, (x, y) = classifier(out), draw(250, 1)
+    f, (x, y) = classifier(out), [v[:60] for v in draw(250, 1)]
     pgd20 = accuracy(f, x, y, cross_entropy, steps=20, step_size=2 / 255, eps=8 / 255, norm="linf")
-    assert results["accuracy"]["clean"] == accuracy(f, x, y) and abs(results["accuracy"]["pgd20"] - pgd20) <= 0.01
+    assert results["accuracy"]["clean"] == accuracy(f, x, y) and abs(results["accuracy"]["pgd20"] - pgd20) <= 0.02
     with torch.no_grad():
         assert abs(epochs[-1]["e_clean"] - energy(f(to_float(draw(250, 0)[0]))).mean().item()) < 1e-3
 

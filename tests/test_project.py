@@ -58,7 +58,8 @@ def test_a_script_and_samplers_alone_train_and_sample(name, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for module in {*SCRIPTS, "samplers", "metrics"} & sys.modules.keys():
         monkeypatch.delitem(sys.modules, module)
-    flags = "--epochs 1 --limit 130 --num-samples 20 --sample-steps 2 --device cpu"
+    flags = "--epochs 1 --limit 130 --num-samples 20 --sample-steps 2 --device cpu "
+    flags += "--ood-images 10" if name == "binary_at_ebm" else "--test-images 10"
     monkeypatch.setattr(sys, "argv", [name, "--smoke", *flags.split()])
     runpy.run_path(f"{name}.py", run_name="__main__")
     assert list((tmp_path / "runs" / f"{name}-smoke").glob("samples_*.png"))
