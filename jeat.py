@@ -169,8 +169,8 @@ def parse_args(argv=None):
 
     no_buffer = dict(sampler=["gaussian", "noise"])
     small = dict(
-        # lr 3e-4 to 1e-3 diverged in the first two epochs, with --sgld-steps 5 or 6
-        out="runs/jeat-small", arch="small-24", epochs=2, sgld_steps=8, buffer_size=1000,
+        # --sgld-steps 5 or 6 at lr 3e-4 to 1e-3, and 8 at 1e-4, diverged within four epochs
+        out="runs/jeat-small", arch="small-24", epochs=10, limit=20000, buffer_size=1000,
         test_images=1000, num_samples=500)
     smoke = dict(
         out="runs/jeat-smoke", arch="small-24", epochs=6, batch_size=32, lr=2e-3,
