@@ -11,24 +11,25 @@ E = -f.
 
   python binary_at_ebm.py                 the paper's run, ResNet-50, with CIFAR-100 as p_0
   python binary_at_ebm.py --mode ood      the paper's detector of outliers: eps-balls, a fixed K
-  python binary_at_ebm.py --classes 3 --p0 rest --translate-from 5        dogs become cats
+  python binary_at_ebm.py --classes 3 --p0 rest --translate-from 5 --out runs/cats    dogs to cats
   python binary_at_ebm.py --small         on a CPU: cars against the rest; trucks become cars
   python binary_at_ebm.py --smoke         drawn digits, no data: under a minute on two CPU cores
-  python binary_at_ebm.py --attack-steps 0 --out runs/twin            the control: p_0 unattacked
+  python binary_at_ebm.py --attack-steps 0 --out runs/at_ebm-twin     the control: p_0 unattacked
 
 Writes checkpoint.pt, log.jsonl, samples_{ascent,translation}.{png,npz} and results.json to --out;
-translation's png: each source, and beside it what it became. results.json: K; 5, 25, 50, 75, 95 %
-quantiles of E; AUROC of test data against each of --ood-sets, clean and worst case (l2 1.0). A set
-that is p_0 itself is marked seen_in_p0: no evidence. IS and FID are against all ten classes,
-whatever --classes. The same command resumes after the last finished epoch; a finished run samples
-again, with other sampling flags too.
+translation's png: each source, and beside it what it became. results.json: the gate's next K; 5,
+25, 50, 75, 95 % quantiles of E of test data, p_0, attacked p_0, samples; AUROC of test data against
+each of --ood-sets, clean and worst case (l2 1.0). A set that is p_0 itself is marked seen_in_p0: no
+evidence (null: not known, one of them is a file). IS and FID are against all ten classes, whatever
+--classes. The same command resumes after the last finished epoch; a finished run samples again,
+with other sampling flags too.
 
 Sources of the defaults: [official] the code of the paper, xuwangyin/AT-EBMs; [our substitution]:
 CIFAR-100 for its p_0, 80M Tiny Images, which are withdrawn (a .npy of your own is possible);
 [assumed] our reading; [ours] in neither. Where the official code differs: it drops an epoch's last
-batch; it begins an epoch at each K; it never ends at K = 25; in mode ood it augments by AutoAugment
-and cutout, not by crop and flip, compares outliers with 1,024 test images, not with all, and
-attacks them by APGD.
+batch; it begins an epoch at each K; it never ends at the last K; it shuffles p_0, from which this
+file draws; in mode ood it augments by AutoAugment and cutout, not by crop and flip, compares
+outliers with 1,024 test images, not with all, and attacks them by APGD.
 """
 import argparse
 import json
@@ -159,16 +160,17 @@ def parse_args(argv=None):
     running = argparse.ArgumentParser(add_help=False)
     add = running.add_argument_group("running; these may change").add_argument
     add("--small", action="store_true", help="other defaults, for CIFAR-10 on a CPU")
-    add("--epochs", type=positive, default=200, help="of the data [assumed; ood: official]")
+    add("--epochs", type=positive, default=200,
+        help="of the data [assumed; ood: by the released checkpoint's name; its script: 400]")
     add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
     add("--out", default="runs/binary_at_ebm", help="folder of the run")
-    add("--device", default=DEVICES[0], choices=DEVICES)
+    add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", default=True, action=argparse.BooleanOptionalAction,
         help="bfloat16 in attacks and samplers, on CUDA")
     add("--sampler", default=["ascent", "translation"], choices=("ascent", "translation"),
         nargs="+", help="ascent: from p_0; translation: from --translate-from")
     add("--translate-from", type=in_range(int, 0, 9), metavar="0..9", help="its test images")
-    add("--num-samples", type=positive, default=50000, help="of each sampler [assumed]")
+    add("--num-samples", type=positive, default=50000, help="of each sampler [official]")
     add("--sample-steps", type=count, default=32, help="[official]")
     add("--sample-step-size", type=number, default=0.2, help="[official]")
     add("--sample-eps", type=radius, default=math.inf, help="radius around the start [official]")
@@ -232,7 +234,7 @@ def make_model(arch="resnet50"):
     if arch.startswith("small"):
         w = int(arch.removeprefix("small-"))
         return Energy(nn.Sequential(
-            # 4x4, for a 3x3 of stride 2 covers pixels unevenly, and samples show a grid
+            # 4x4 first, for a 3x3 of stride 2 covers pixels unevenly, and samples show a grid
             nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
             nn.Conv2d(w, 2 * w, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU(),
             nn.Conv2d(2 * w, 4 * w, 3, 2, 1, bias=False), nn.BatchNorm2d(4 * w), nn.ReLU(),
@@ -371,8 +373,10 @@ def run(args):
         else:
             torch.manual_seed(args.seed)
             outliers[name] = detect(f, x_data, x, args.ood_images, args.ood_steps)
-            same = Path(name).resolve() == Path(args.p0).resolve()  # a name, or a path
-            outliers[name]["seen_in_p0"] = same
+            seen = Path(name).resolve() == Path(args.p0).resolve()  # a name, or a path
+            if not seen and ".npy" in (Path(name).suffix, Path(args.p0).suffix):
+                seen = None  # a file may hold anything
+            outliers[name]["seen_in_p0"] = seen
         print(f"outliers, {name}: {outliers[name]}")
 
     turns = torch.arange(args.num_samples, device=args.device) % len(p_0)
@@ -542,14 +546,16 @@ def read_flags(training, running, argv, presets):
     """The arguments. presets: pairs (flags, defaults); where all the flags are as given there, the
     defaults take the place of the parser's. Later pairs win over earlier ones."""
     parser = argparse.ArgumentParser(description=__doc__, parents=[training, running],
-                                     formatter_class=HelpFormatter, allow_abbrev=False)
+                                     formatter_class=HelpFormatter, allow_abbrev=False,
+                                     add_help=False)
     parser.error = stop
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_known_args(argv)[0])
     if given["smoke"] and given["small"]:
         parser.error("--smoke or --small, not both")
     for flags, defaults in presets:
         if all(given[flag] == value for flag, value in flags.items()):
             parser.set_defaults(**defaults)
+    parser.add_argument("-h", "--help", action="help", help="shows the presets' defaults, too")
     args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
     args.amp = args.amp and args.device == "cuda"
     args.training_names = list(vars(training.parse_args([])))  # a checkpoint belongs to these

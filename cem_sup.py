@@ -15,11 +15,12 @@ Ability of Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, f the cla
   python cem_sup.py                       the paper's run: CIFAR-10 (downloaded), ResNet-50
   python cem_sup.py --small               CIFAR-10 on a CPU: a small net, a short schedule
   python cem_sup.py --smoke               drawn digits, no data: under a minute on two CPU cores
-  python cem_sup.py --attack-steps 0 --out runs/twin             the control: no attack
+  python cem_sup.py --attack-steps 0 --out runs/cem_sup-twin     the control: no attack
 
-Writes checkpoint.pt, log.jsonl, samples_{ta,langevin,cs,rcs}.{png,npz} and results.json to --out.
-The same command resumes after the last finished epoch (a --smoke without --out begins afresh); a
-finished run samples again, with other sampling flags too.
+Writes checkpoint.pt, log.jsonl, samples_{ta,langevin,cs,rcs}.{png,npz} (with another --start than
+class: samples_cs-pooled and so on) and results.json to --out. The same command resumes after the
+last finished epoch (a --smoke without --out begins afresh); a finished run samples again, with
+other sampling flags too: results.json is then of the new samples.
 
 Sources of the defaults: [slides] the paper's; [robustness] MadryLab/robustness, on which the paper
 builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019, and their released net; [assumed]
@@ -50,7 +51,8 @@ from samplers import (accuracy, ascend, crop_flip, cross_entropy, eval_mode, log
 # ================================================================ the method
 def at_loss(f, x, y, **attack):
     """max_{|x_hat - x| <= eps} CE(x_hat, y) of images x [B, 3, 32, 32] in [0, 1], labels y [B].
-    attack: steps, step_size, eps, norm."""
+    attack: steps, step_size, eps, norm. A random start, and the last iterate [assumed; robustness:
+    no random start, the best iterate]."""
     ce = cross_entropy(f, y)
     with eval_mode(f):  # inner: CE = LSE f - f_y; LSE f is log p(x) + const, -f_y the bias
         x_hat = ascend(ce, x, random_start=True, **attack)  # steps = 0: it returns x
@@ -59,7 +61,7 @@ def at_loss(f, x, y, **attack):
 
 SAMPLERS = {
     "ta": log_p_y_given_x,
-    "langevin": lambda f, y: log_p_x(f),  # the class is in the start x_0 only [assumed]
+    "langevin": lambda f, y: log_p_x(f),  # the class is in the start x_0, if anywhere [assumed]
     "cs": log_p_x_given_y,
     "rcs": reinforced,
 }
@@ -95,7 +97,7 @@ def parse_args(argv=None):
     add("--lr-drops", type=fraction, default=[1 / 3, 2 / 3], nargs="*",
         help="fractions of --epochs [robustness]")
     add("--norm", default="l2", choices=("l2", "linf"),
-        help="of ball and step [assumed: Santurkar]")
+        help="of ball and step [assumed: Santurkar]; linf needs another --attack-eps and step size")
     add("--attack-eps", type=number, default=0.5,
         help="radius, pixels in [0, 1] [assumed: Santurkar]")
     add("--attack-steps", type=count, default=7,
@@ -228,8 +230,13 @@ def run(args):
                   "pgd20": accuracy(f, x_test, y_test, cross_entropy, **pgd20)}
     print(robustness)
     samples = {}
-    for name in args.sampler:
-        images, labels, moved = sample(f, name, start, args)
+    for sampler in args.sampler:
+        name = sampler
+        if args.start != "class":
+            name = f"{sampler}-{Path(args.start).stem}"
+        images, labels, moved = sample(f, sampler, start, args)
+        if sampler == "langevin" and args.start != "class":
+            labels = None  # neither its start nor its score knows a class
         save_samples(f"{args.out}/samples_{name}", images, labels)
         samples[name] = {"n": len(images), "moved": moved}
     return {"accuracy": robustness, "samples": scored(args, samples)}
@@ -385,14 +392,16 @@ def read_flags(training, running, argv, presets):
     """The arguments. presets: pairs (flags, defaults); where all the flags are as given there, the
     defaults take the place of the parser's. Later pairs win over earlier ones."""
     parser = argparse.ArgumentParser(description=__doc__, parents=[training, running],
-                                     formatter_class=HelpFormatter, allow_abbrev=False)
+                                     formatter_class=HelpFormatter, allow_abbrev=False,
+                                     add_help=False)
     parser.error = stop
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_known_args(argv)[0])
     if given["smoke"] and given["small"]:
         parser.error("--smoke or --small, not both")
     for flags, defaults in presets:
         if all(given[flag] == value for flag, value in flags.items()):
             parser.set_defaults(**defaults)
+    parser.add_argument("-h", "--help", action="help", help="shows the presets' defaults, too")
     args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
     args.amp = args.amp and args.device == "cuda"
     args.training_names = list(vars(training.parse_args([])))  # a checkpoint belongs to these

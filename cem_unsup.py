@@ -1,8 +1,8 @@
 """Unsupervised CEM: adversarial contrastive learning as maximum likelihood; MaxEnt sampling.
 
 Wang, Wang, Yang, Lin: A Unified Contrastive Energy-based Model for Understanding the Generative
-Ability of Adversarial Training, ICLR 2022. p(x, x') = exp f(x, x') / Z, f(x, x') = g(x).g(x') / t
-with unit g.
+Ability of Adversarial Training, ICLR 2022. p(x, x') = exp f(x, x') / Z, f(x, x') = g(x).g(x') / t;
+unit g and t are ACL's.
 
   training  min_theta E max_{|x_hat - x| <= eps} NCE(x_hat, x')       x, x': two views of an image
             NCE(x, x') = -log [ exp f(x, x') / sum_j exp f(x, x_j) ]      j: x', all other views
@@ -15,7 +15,7 @@ with unit g.
   python cem_unsup.py                     the paper's run: CIFAR-10 (downloaded), ResNet-50
   python cem_unsup.py --small             CIFAR-10 on a CPU: a small net, a short schedule
   python cem_unsup.py --smoke             drawn digits, no data: under a minute on two CPU cores
-  python cem_unsup.py --attack-steps 0 --out runs/twin           the control: no attack
+  python cem_unsup.py --attack-steps 0 --out runs/cem_unsup-twin         the control: no attack
   python cem_unsup.py --attack-views one --norm l2 --attack-eps 0.5 --attack-steps 7 \\
       --attack-step-size 0.1 --out runs/one        the formula's attack, in supervised CEM's ball
 
@@ -130,7 +130,8 @@ def parse_args(argv=None):
         help="of linear growth up to --lr, --epochs / 10 at most; then a cosine down to 0 [AdvCL]")
     add("--crop-area", type=in_range(float, 0.01, 1), default=0.1,
         help="share of the image that a view shows, at least [ACL]")
-    add("--jitter", type=fraction, default=0.5, help="of a view's colours; 1: SimCLR's [ACL]")
+    add("--jitter", type=fraction, default=0.5,
+        help="strength of a view's colour jitter [ACL]; 1: SimCLR's on ImageNet")
     add("--gray", type=fraction, default=0.2, help="share of the views that are gray [ACL]")
     add("--attack-views", default="both", choices=("both", "one"),
         help="the views that are moved [ACL, DynACL; the formula: one]")
@@ -150,10 +151,11 @@ def parse_args(argv=None):
     add("--epochs", type=positive, default=1000, help="[ACL]")
     add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
     add("--out", default="runs/cem_unsup", help="folder of the run")
-    add("--device", default=DEVICES[0], choices=DEVICES)
+    add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
-    add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME")
+    add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
+        help="maxent [memory]; pgd [assumed]")
     add("--start", default=["pooled", "class"], choices=SUFFIXES, nargs="+", metavar="KIND",
         help="pooled: one Gaussian of all, uncond; class: one of each class, cond [assumed]; "
              "fields: random colours [ours]")
@@ -262,25 +264,23 @@ def augment(x, crop_area=0.1, jitter=0.5, gray=0.2, flip=True):
 def random_boxes(n, size, least_area, device):
     """start, length [n, 2] (rows, columns) of RandomResizedCrop's boxes: of least_area to 1 of the
     area, the ratio of the sides in 3/4 to 4/3; the first of ten tries that fits."""
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, device=device)
-
-    area = size ** 2 * uniform(least_area, 1, 10)
-    ratio = uniform(-math.log(4 / 3), math.log(4 / 3), 10).exp()
+    u, v = torch.rand(2, n, 10, device=device)
+    area = size ** 2 * (least_area + (1 - least_area) * u)
+    ratio = (2 * math.log(4 / 3) * v - math.log(4 / 3)).exp()
     tries = torch.stack([area / ratio, area * ratio], 2).sqrt().round()  # [n, 10, 2]
     fits = tries.amax(2) <= size
     first = fits.int().argmax(1)  # the first True
     length = tries[torch.arange(n, device=device), first]
     length = torch.where(fits.any(1, keepdim=True), length, size)  # torchvision's: the whole image
     room = size - length
-    start = (uniform(0, 1, 2) * (room + 1)).floor().minimum(room)
+    start = (torch.rand(n, 2, device=device) * (room + 1)).floor().minimum(room)
     return start, length
 
 
 def resized_crop(x, start, length):
     """The boxes start, length [B, 2] (rows, columns) of x [B, C, S, S], resized to S; bilinear, and
     nothing beyond the box is read [assumed; ACL: bicubic]."""
-    new = old = torch.arange(x.shape[-1], device=x.device)  # pixels
+    new = old = torch.arange(x.shape[-1], device=x.device)  # rows or columns: as many as before
 
     def weights(begin, count):  # [B] each -> [B, 1, S, S]: of old pixels (columns) in new ones
         in_box = (new + 0.5) * count[:, None] / len(new) - 0.5
@@ -554,14 +554,16 @@ def read_flags(training, running, argv, presets):
     """The arguments. presets: pairs (flags, defaults); where all the flags are as given there, the
     defaults take the place of the parser's. Later pairs win over earlier ones."""
     parser = argparse.ArgumentParser(description=__doc__, parents=[training, running],
-                                     formatter_class=HelpFormatter, allow_abbrev=False)
+                                     formatter_class=HelpFormatter, allow_abbrev=False,
+                                     add_help=False)
     parser.error = stop
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_known_args(argv)[0])
     if given["smoke"] and given["small"]:
         parser.error("--smoke or --small, not both")
     for flags, defaults in presets:
         if all(given[flag] == value for flag, value in flags.items()):
             parser.set_defaults(**defaults)
+    parser.add_argument("-h", "--help", action="help", help="shows the presets' defaults, too")
     args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
     args.amp = args.amp and args.device == "cuda"
     args.training_names = list(vars(training.parse_args([])))  # a checkpoint belongs to these

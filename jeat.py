@@ -10,11 +10,11 @@ ICCV 2021. With the classifier's logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k
   sampling  SGLD from Gaussians or noise on log p(x|y) = f_y + const, from the buffer on log p(x)
 
   python jeat.py                          the paper's run: CIFAR-10 (downloaded), WRN-28-10
-  python jeat.py --method at --out runs/at         the paper's baseline: PGD-10 on CE, the same net
-  python jeat.py --method prejeat --out runs/pre   our definition: CE at JEAT's x_adv, no log p(x)
+  python jeat.py --method at --out runs/jeat-at    the paper's baseline: PGD-10 on CE, the same net
+  python jeat.py --method prejeat --out runs/prejeat     ours: CE at JEAT's x_adv, no log p(x)
   python jeat.py --small                  CIFAR-10 on a CPU: a small net, a short schedule
   python jeat.py --smoke                  drawn digits, no data: under a minute on two CPU cores
-  python jeat.py --smoke --method at --attack-steps 0 --out runs/twin    the control: no attack
+  python jeat.py --smoke --method at --attack-steps 0 --out runs/jeat-twin        the control
 
 Writes checkpoint.pt, log.jsonl, samples_{gaussian,noise,buffer}.{png,npz}, results.json to --out.
 The same command resumes after the last finished epoch; a finished run samples again, with other
@@ -22,13 +22,14 @@ sampling flags too. log.jsonl holds the pieces of the loss, means over the updat
 clean train images as e_clean; and every five epochs the PGD-20 accuracy on those 250, because
 training can overfit to a one-step attack. results.json holds the flatness of the energy and, for
 each sampler, quantiles of E(x). Chains are not clamped, the images in files are. JEM-like training
-diverges now and then: the run then stops and says how to go on.
+diverges now and then: the run stops at the epoch's end and says how to go on.
 
 Sources of the defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the
 code of Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading; [ours]
 in none of them. Differences from JEM's code: 50,000 train images, not 45,000; the last, smaller
 batch is used; no chain is twice in a batch; the warm-up begins at 1/1000 of the rate, not at 0; the
-noisy images are clamped to [0, 1], where the attack's start must be.
+noisy images are clamped to [0, 1], where the attack's start must be; on CUDA, bfloat16 (--no-amp:
+float32).
 """
 import argparse
 import json
@@ -98,7 +99,7 @@ SAMPLERS = {  # the scores; the starts are in `run`
 
 def sample(f, sampler, start, args):
     """--num-samples images uint8 [N, 3, 32, 32], the classes in turn, their labels [N], and their
-    energies E(x) [N]. start: a function from the images' numbers to x_0."""
+    energies E(x) [N] before the clamp. start: a function from the images' numbers to x_0."""
     torch.manual_seed(args.seed)
     numbers = torch.arange(args.num_samples, device=args.device)
     images, energies = [], []
@@ -109,8 +110,8 @@ def sample(f, sampler, start, args):
             # no clamp, as for the negatives in training
             x = ascend(score, x_0, args.sample_steps, args.sample_step_size, eps=args.sample_eps,
                        norm=args.sample_norm, noise=args.sample_noise, clamp=None)
-            with torch.no_grad():
-                energies.append(energy(f(x)))
+        with eval_mode(f), torch.no_grad():
+            energies.append(energy(f(x)))
         images.append(to_uint8(x))
     return torch.cat(images), numbers % 10, torch.cat(energies)
 
@@ -257,7 +258,7 @@ def train(f, buffer, x_train, y_train, args):
         try:
             figures = train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args)
         except ValueError as e:  # a NaN in an attack or a chain; too large a loss
-            keeps = f"--epochs {epoch} samples from the checkpoint before it; " if epoch > 0 else ""
+            keeps = f"--epochs {epoch} samples from the last checkpoint; " if epoch > 0 else ""
             raise ValueError(f"training diverged in epoch {epoch + 1} ({e}): {keeps}a smaller --lr "
                              "or another --seed needs another --out") from e
         log(args, epoch=epoch + 1, **figures)
@@ -285,7 +286,7 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        values.append(torch.stack([loss, *pieces]).detach())  # stays on the device: nothing waits
+        values.append(torch.stack([loss, *pieces]).detach())  # stays on the device
     values = torch.stack(values)
 
     x, y = to_float(x_train[:250]), y_train[:250]
@@ -525,14 +526,16 @@ def read_flags(training, running, argv, presets):
     """The arguments. presets: pairs (flags, defaults); where all the flags are as given there, the
     defaults take the place of the parser's. Later pairs win over earlier ones."""
     parser = argparse.ArgumentParser(description=__doc__, parents=[training, running],
-                                     formatter_class=HelpFormatter, allow_abbrev=False)
+                                     formatter_class=HelpFormatter, allow_abbrev=False,
+                                     add_help=False)
     parser.error = stop
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_known_args(argv)[0])
     if given["smoke"] and given["small"]:
         parser.error("--smoke or --small, not both")
     for flags, defaults in presets:
         if all(given[flag] == value for flag, value in flags.items()):
             parser.set_defaults(**defaults)
+    parser.add_argument("-h", "--help", action="help", help="shows the presets' defaults, too")
     args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
     args.amp = args.amp and args.device == "cuda"
     args.training_names = list(vars(training.parse_args([])))  # a checkpoint belongs to these

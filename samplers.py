@@ -4,14 +4,14 @@
 
 P projects onto the ball |x - x_0| <= eps and the box [0, 1]; u is the direction of steepest ascent:
 g / |g|_2 per sample ("l2"), sign(g) ("linf"), or g itself ("none": Langevin). Attacks and samplers
-differ in the score, the start x_0 and (step_size, eps, noise, steps), in nothing else: the general
-form of Wang et al., ICLR 2022 (CEM), which covers Zhu et al., ICCV 2021 (JEAT), and Yin et al.,
-ECCV 2022 (AT-EBM), too.
+differ in the score, the start x_0 and (step_size, eps, noise, steps), in nothing else: those of
+Wang et al., ICLR 2022 (CEM), Zhu et al., ICCV 2021 (JEAT), and Yin et al., ECCV 2022 (AT-EBM).
 
 Conventions: images are float32 [B, C, H, W] in [0, 1]; eps, step_size and noise are in that space;
 logits f(x) are [B, K], labels y [B]; E(x, y) = -f(x)[y] and E(x) = -log sum_k exp f(x)[k]. A score
 maps x [B, ...] to [B] and is *increased*: a log-density up to a constant. Attacks and samplers run
-inside `with eval_mode(f)`. Numbers that are not finite and labels of no class are a ValueError.
+inside `with eval_mode(f)`. Numbers that are not finite are a ValueError, and so are labels of no
+class (on CUDA: a device assert).
 """
 import math
 import os
@@ -41,8 +41,8 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
 
     Returns the last iterate, detached. A zero gradient gives a zero step. The gradient is taken of
     x only: x, the parameters (.grad, requires_grad) and the modules' modes stay as they are.
-    ValueError: a wrong argument; a gradient that is not finite; a start outside the box, where eps
-    is finite (the box would move it further than eps).
+    ValueError: a wrong argument; a score or a gradient that is not finite; a start outside the box,
+    where eps is finite (the box would move it further than eps).
     """
     _check_arguments(x, steps, step_size, eps, norm, noise, random_start)
     x_0 = x.detach().clone()
@@ -62,7 +62,7 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
         x_k = (x_0 + _random_offset(x_0, eps, norm, generator)).clamp(low, high)
     for k in range(steps):
         score_k, g = _value_and_gradient(score, x_k)
-        finite &= g.flatten(1).isfinite().all(1) & ~score_k.isnan()
+        finite &= g.flatten(1).isfinite().all(1) & score_k.isfinite()
         if callback is not None:
             callback(k, x_k, score_k)
         x_k = x_k + step_size * steepest(g, norm)
@@ -73,7 +73,8 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     finite &= x_k.flatten(1).isfinite().all(1)
     if not finite.all():  # waits once more, whatever the number of steps
         raise ValueError(f"ascend: {_share(~finite)} met a score or a gradient that is NaN or "
-                         f"infinite, or left the finite numbers, in {steps} steps")
+                         f"infinite, or left the finite numbers, in {steps} steps: has the "
+                         "training diverged, or is step_size too large?")
     return x_k
 
 
@@ -226,7 +227,7 @@ def cross_entropy(f, y):
 
     LSE f - f_y has no gradient left once float32 rounds p(y|x) to 1, where f_y leads by 17: a net
     that is sure of its label would look robust. Where it leads by 100, softplus underflows as well;
-    -1e-30 * lead, far below the loss's own rounding, keeps the direction there.
+    -1e-30 * lead, too small to change any loss, keeps the direction there.
     """
     def score(x):
         logits = at_least_float32(f(x))
@@ -260,11 +261,8 @@ def info_nce(g, positive, temperature, other_positives=True):
     other_positives  False drops the last sum: CEM's PGD sampler, with positive = x_0
     """
     if positive is not None:
-        # enable_grad, not no_grad: autocast caches the weights' bfloat16 copies. Cast under no_grad
-        # they have no graph; older PyTorch then reuses them, and a later loss in the same autocast
-        # would give the weights no gradient.
-        with torch.enable_grad():
-            z_prime = _unit(g(positive)).detach()
+        with torch.no_grad():
+            z_prime = _unit(g(positive))
 
     def score(x):
         z = _unit(g(x))
@@ -304,7 +302,7 @@ def _unit(z):
 
 
 def _similarity_to_others(z, others, temperature):
-    """z_i . others_j / temperature [B, M], without autocast; -inf where j = i: it is left out."""
+    """z_i . others_j / temperature [B, M], not in bfloat16; -inf where j = i: it is left out."""
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, not {temperature}")
     with torch.autocast(z.device.type, enabled=False):

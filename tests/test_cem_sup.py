@@ -351,13 +351,19 @@ def test_a_finished_run_samples_again_and_may_grow(run, capsys):
 
 
 def test_every_sampler_starts_from_the_same_seeds(run):
+    """Those that --start names, as the files do; langevin's images have a class from class-wise starts alone."""
+    before = samples_of(run, "ta")
     still = [*TINY, "--out", str(run), "--sample-steps", "0"]
     cem_sup.main([*still, "--start", "fields"])
-    first = [samples_of(run, n) for n in cem_sup.SAMPLERS]
-    assert all(np.array_equal(first[0], images) for images in first)
+    fields = [samples_of(run, f"{n}-fields") for n in cem_sup.SAMPLERS]
+    assert all(np.array_equal(fields[0], images) for images in fields)
     assert all(row["moved"] == 0 for row in results_of(run)["samples"].values())
-    cem_sup.main([*still, "--seed-split", "test", "--sampler", "ta", "cs"])
-    assert not np.array_equal(samples_of(run, "ta"), samples_of(run, "rcs"))  # other starts
+    assert np.array_equal(samples_of(run, "ta"), before)  # other starts, other files
+    names = ("langevin", "cs", "langevin-fields", "cs-fields")
+    assert ["arr_1" in np.load(run / f"samples_{n}.npz") for n in names] == [True, True, False, True]
+    cem_sup.main([*still, "--sampler", "rcs", "cs"])
+    cem_sup.main([*still, "--seed-split", "test", "--sampler", "cs"])
+    assert not np.array_equal(samples_of(run, "cs"), samples_of(run, "rcs"))  # other starts
 
 
 def test_infinite_radii_are_strict_json(run):

@@ -193,8 +193,8 @@ def test_views_that_have_nothing_to_be_told_from_are_refused():
 
 @pytest.mark.parametrize("views", ["one", "both"])
 def test_without_an_attack_it_is_contrastive_learning(views):
-    """And under autocast every parameter learns nearly the same: z' is computed in the training's region, where casts
-    cached under no_grad would cut the weights' gradients off (PyTorch issue 112583)."""
+    """And under autocast every parameter learns nearly the same: z' is computed in the training's region, without a
+    graph; in PyTorch before 2.11 (issue 112583) that cut the weights' gradients off."""
     g, (x, x_prime), gradients = small(), drawn_views(12), []
     z = g(torch.cat([x, x_prime]))
     assert torch.equal(cem_loss(g, x, x_prime, 0.5, views, steps=0, step_size=1, eps=1), nt_xent(z[:12], z[12:], 0.5))

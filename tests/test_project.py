@@ -46,6 +46,19 @@ def test_scripts_import_only_samplers_and_metrics(name):
     assert found <= allowed
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("preset", ["small", "smoke"])
+def test_help_shows_the_presets_defaults(name, preset, capsys):
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit) as end:
+        script.main([f"--{preset}", "--help"])
+    shown, args = capsys.readouterr().out, script.parse_args([f"--{preset}"])
+    assert end.value.code == 0 and args.out == f"runs/{name}-{preset}"
+    for flag in ("out", "epochs", "lr", "arch", "attack_steps"):
+        default = re.search(rf"^  --{flag.replace('_', '-')} [\s\S]*?\(default:\s+(\S+)\)", shown, re.MULTILINE)
+        assert default[1] == str(getattr(args, flag))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", SCRIPTS)

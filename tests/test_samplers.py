@@ -354,6 +354,8 @@ def test_no_nan_and_no_infinity_leaves_unnoticed(norm, clamp):
         w[2, 1, 0, 1] = bad  # in a single pixel
         with pytest.raises(ValueError, match="ascend: 1 of 4 samples"):
             run(linear(w), x)
+        with pytest.raises(ValueError, match="ascend: 1 of 4 samples"):  # a score alone
+            run(lambda x: flat(x) + torch.tensor([0, 0, 0, bad]), x)
     with pytest.raises(ValueError, match="ascend: 1 of 4 samples"):
         run(flat, x.index_fill(0, torch.tensor([1]), math.nan))
 
