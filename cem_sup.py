@@ -136,8 +136,8 @@ def parse_args(argv=None):
         out="runs/cem_sup-small", arch="small-32", epochs=10, lr=0.2, schedule="cycle",
         attack_steps=2, attack_step_size=0.3, test_images=1000, num_samples=1000)
     smoke = dict(
-        out="runs/cem_sup-smoke", arch="small-16", epochs=12, batch_size=64, schedule="cycle",
-        attack_eps=2.0, attack_steps=2, attack_step_size=1.5, sample_steps=30, num_samples=100)
+        out="runs/cem_sup-smoke", arch="small-16", epochs=9, batch_size=32, schedule="cycle",
+        attack_eps=2.0, attack_steps=1, attack_step_size=2.0, sample_steps=30, num_samples=100)
     # pairs: where all flags of the left are given, the defaults of the right
     return read_flags(training, running, argv, [({"small": True}, small), ({"smoke": True}, smoke)])
 

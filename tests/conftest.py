@@ -114,8 +114,8 @@ def judge():
 # Smoke runs with few samples and, but for jeat, half of the training that README's tables are of. Twins and the
 # control: the same net, data and updates without the attack.
 SMOKES = {
-    "cem_sup_smoke": "cem_sup --epochs 6 --test-images 100",
-    "cem_sup_twin": "cem_sup --epochs 6 --test-images 100 --attack-steps 0 --sampler ta --sample-steps 0",
+    "cem_sup_smoke": "cem_sup --epochs 5 --test-images 100",
+    "cem_sup_twin": "cem_sup --epochs 5 --test-images 100 --attack-steps 0 --sampler ta --sample-steps 0",
     "cem_unsup_smoke": "cem_unsup --epochs 3",
     "cem_unsup_twin": "cem_unsup --epochs 3 --attack-steps 0 --sampler maxent --start pooled --sample-steps 0",
     "jeat_smoke": "jeat --test-images 60",

@@ -522,7 +522,7 @@ def test_smoke_on_cuda(tmp_path):
 
 
 @pytest.mark.cuda
-def test_attacks_and_updates_wait_for_nothing():
+def test_an_update_waits_for_nothing():
     f = small().cuda().to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(f.parameters(), 1e-4, betas=(0.0, 0.99))
     x, x_0 = torch.rand(2, 32, 3, 32, 32, device="cuda")
