@@ -174,8 +174,8 @@ def parse_args(argv=None):
         out="runs/jeat-small", arch="small-24", epochs=10, limit=20000, buffer_size=1000,
         test_images=1000, num_samples=500)
     smoke = dict(
-        out="runs/jeat-smoke", arch="small-24", epochs=6, batch_size=32, lr=2e-3,
-        lr_drops=[0.5, 0.8], sgld_steps=5, buffer_size=300, sample_steps=40, num_samples=100)
+        out="runs/jeat-smoke", arch="small-24", epochs=5, batch_size=32, lr=3e-3,
+        lr_drops=[0.5, 0.8], sgld_steps=4, buffer_size=300, sample_steps=40, num_samples=100)
     # pairs: where all flags of the left are given, the defaults of the right; later ones win
     args = read_flags(training, running, argv, [
         ({"method": "prejeat"}, no_buffer), ({"method": "at"}, no_buffer | dict(attack_steps=10)),
