@@ -118,8 +118,8 @@ SMOKES = {
     "cem_sup_twin": "cem_sup --epochs 5 --test-images 100 --attack-steps 0 --sampler ta --sample-steps 0",
     "cem_unsup_smoke": "cem_unsup --epochs 3",
     "cem_unsup_twin": "cem_unsup --epochs 3 --attack-steps 0 --sampler maxent --start pooled --sample-steps 0",
-    "jeat_smoke": "jeat --test-images 60",
-    "jeat_twin": "jeat --test-images 60 --method at --attack-steps 0 --sampler noise --sample-steps 0",
+    "jeat_smoke": "jeat --seed 1 --test-images 60",
+    "jeat_twin": "jeat --seed 1 --test-images 60 --method at --attack-steps 0 --sampler noise --sample-steps 0",
     "binary_at_ebm_smoke": "binary_at_ebm --epochs 16",
     "binary_at_ebm_control": "binary_at_ebm --epochs 16 --attack-steps 0 --sampler ascent --ood-sets"}
 DRAW = cache(cem_sup.draw)

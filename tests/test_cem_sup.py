@@ -211,7 +211,7 @@ def test_optimiser_and_logged_loss(tmp_path, monkeypatch):
 
     def spy(*args, **attack):
         losses.append(at_loss(*args, **attack))
-        assert attack == dict(steps=1, step_size=1.5, eps=2.0, norm="l2")
+        assert attack == dict(steps=1, step_size=2.0, eps=2.0, norm="l2")
         return losses[-1]
     monkeypatch.setattr(torch.optim, "SGD", SGD)
     monkeypatch.setattr(cem_sup, "at_loss", spy)
