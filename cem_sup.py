@@ -43,7 +43,7 @@ from torch import nn
 from torchvision.datasets import CIFAR10
 from torchvision.models.resnet import BasicBlock, resnet18, resnet50
 
-from samplers import (accuracy, ascend, crop_flip, cross_entropy, eval_mode, log_p_x,
+from samplers import (accuracy, ascend, crop_flip, cross_entropy, frozen, log_p_x,
                       log_p_x_given_y, log_p_y_given_x, reinforced, save_samples, starts, to_float,
                       to_uint8)
 
@@ -54,7 +54,7 @@ def at_loss(f, x, y, **attack):
     attack: steps, step_size, eps, norm. A random start, and the last iterate [assumed; robustness:
     no random start, the best iterate]."""
     ce = cross_entropy(f, y)
-    with eval_mode(f):  # inner: CE = LSE f - f_y; LSE f is log p(x) + const, -f_y the bias
+    with frozen(f):  # inner: CE = LSE f - f_y; LSE f is log p(x) + const, -f_y the bias
         x_hat = ascend(ce, x, random_start=True, **attack)  # steps = 0: it returns x
     return ce(x_hat).mean()  # outer: minus the likelihood's contrastive term
 
@@ -75,7 +75,7 @@ def sample(f, sampler, start, args):
     images, moved = [], []
     for y in progress(labels.split(args.sample_batch_size), sampler):
         x_0 = start(y)
-        with eval_mode(f), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+        with frozen(f), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             x = ascend(SAMPLERS[sampler](f, y), x_0, args.sample_steps, args.sample_step_size,
                        eps=args.sample_eps, norm=args.sample_norm, noise=args.sample_noise)
         images.append(to_uint8(x))
@@ -87,8 +87,10 @@ def sample(f, sampler, start, args):
 def parse_args(argv=None):
     training = argparse.ArgumentParser(add_help=False)
     add = training.add_argument_group("training; a checkpoint belongs to these").add_argument
-    add("--arch", default="resnet50", choices=("resnet50", "resnet18", "small-32", "small-16"),
-        help="[slides]; small-W: three stages, of W, 2 W and 4 W channels")
+    add("--arch", default="resnet50", choices=("resnet50", "resnet18", "resnet18-half", "small-32",
+                                                "small-16"),
+        help="[slides]; resnet18-half: half its channels; small-W: three stages, of W, 2 W and 4 W "
+             "channels")
     add("--batch-size", type=positive, default=128, help="images [robustness]")
     add("--lr", type=number, default=0.1, help="learning rate [robustness]")
     add("--schedule", default="steps", choices=("steps", "cycle"),
@@ -115,7 +117,8 @@ def parse_args(argv=None):
     add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
     add("--out", default="runs/cem_sup", help="folder of the run")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
-    add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
+    add("--amp", default=None, action=argparse.BooleanOptionalAction,
+        help="bfloat16; None: on CUDA")
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="[slides]")
@@ -133,7 +136,7 @@ def parse_args(argv=None):
     add("--sample-noise", type=number, default=0.0, help="standard deviation per step [Santurkar]")
     add("--sample-batch-size", type=positive, default=500, help="images moved together")
     small = dict(
-        out="runs/cem_sup-small", arch="small-32", epochs=10, lr=0.2, schedule="cycle",
+        out="runs/cem_sup-small", arch="resnet18-half", epochs=16, lr=0.2, schedule="cycle",
         attack_steps=2, attack_step_size=0.3, test_images=1000, num_samples=1000)
     smoke = dict(
         out="runs/cem_sup-smoke", arch="small-16", epochs=9, batch_size=32, schedule="cycle",
@@ -167,6 +170,14 @@ def make_model(arch="resnet50"):
             nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
             stage(w, w, 1), stage(w, 2 * w, 2), stage(2 * w, 4 * w, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)))
+    if arch == "resnet18-half":  # torchvision's have no width
+        return Classifier(nn.Sequential(
+            nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Sequential(BasicBlock(32, 32), BasicBlock(32, 32)),
+            nn.Sequential(stage(32, 64, 2), BasicBlock(64, 64)),
+            nn.Sequential(stage(64, 128, 2), BasicBlock(128, 128)),
+            nn.Sequential(stage(128, 256, 2), BasicBlock(256, 256)),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10)))
     net = {"resnet18": resnet18, "resnet50": resnet50}[arch](num_classes=10)
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -403,7 +414,8 @@ def read_flags(training, running, argv, presets):
             parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help", help="shows the presets' defaults, too")
     args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
-    args.amp = args.amp and args.device == "cuda"
+    if args.amp is None:
+        args.amp = args.device == "cuda"
     args.training_names = list(vars(training.parse_args([])))  # a checkpoint belongs to these
     return args
 
