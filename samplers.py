@@ -10,14 +10,19 @@ Wang et al., ICLR 2022 (CEM), Zhu et al., ICCV 2021 (JEAT), and Yin et al., ECCV
 Conventions: images are float32 [B, C, H, W] in [0, 1]; eps, step_size and noise are in that space;
 logits f(x) are [B, K], labels y [B]; E(x, y) = -f(x)[y] and E(x) = -log sum_k exp f(x)[k]. A score
 maps x [B, ...] to [B] and is *increased*: a log-density up to a constant. Attacks and samplers run
-inside `with eval_mode(f)`. Numbers that are not finite are a ValueError, and so are labels of no
-class (on CUDA: a device assert).
+inside `with frozen(f)`. A wrong call is a ValueError, a label of no class on CUDA a device assert.
+Refused, a ValueError too, is what was given and cannot be used, or numbers that are not finite.
 """
 import math
 import os
+import shutil
+import socket
+import sys
+import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,7 +30,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageDraw, ImageFont
 from torch import fx, nn
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN
+
+
+class Refused(ValueError):
+    """What was given cannot be used: a flag, a file, a data set, a training that diverged."""
 
 
 # ---------------------------------------------------------------- the update rule
@@ -45,8 +56,8 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
 
     Returns the last iterate, detached. A zero gradient gives a zero step. The gradient is taken of
     x only: x, the parameters (.grad, requires_grad) and the modules' modes stay as they are.
-    ValueError: a wrong argument; a score or a gradient that is not finite; a start outside the box,
-    where eps is finite (the box would move it further than eps).
+    ValueError: a wrong argument; a start that is not finite, or outside the box where eps is finite
+    (the box would move it further than eps). Refused: a score or a gradient that is not finite.
     """
     _check_arguments(x, steps, step_size, eps, norm, noise, random_start)
     x_0 = x.detach().clone()
@@ -76,9 +87,9 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
         x_k = project(x_k, x_0, eps, norm).clamp(low, high)
     finite &= x_k.flatten(1).isfinite().all(1)
     if not finite.all():  # waits once more, whatever the number of steps
-        raise ValueError(f"ascend: {_share(~finite)} met a score or a gradient that is NaN or "
-                         f"infinite, or left the finite numbers, in {steps} steps: has the "
-                         "training diverged, or is step_size too large?")
+        raise Refused(f"ascend: {_share(~finite)} met a score or a gradient that is NaN or "
+                      f"infinite, or left the finite numbers, in {steps} steps: has the "
+                      "training diverged, or is step_size too large?")
     return x_k
 
 
@@ -121,7 +132,7 @@ def worst_case(score, x, steps, step_size, *, eps, restarts=1, norm="l2", genera
                      generator=generator, callback=keep)
         keep(steps, x_k, score(x_k).detach())
     if value.isnan().any():
-        raise ValueError(f"worst_case: {_share(value.isnan())} met a score that is NaN")
+        raise Refused(f"worst_case: {_share(value.isnan())} met a score that is NaN")
     return best, value
 
 
@@ -452,10 +463,10 @@ def starts(kind, x, y, root="./data"):
     """A function from labels [B] to starts x_0, float32 [B, 3, 32, 32] in [0, 1].
 
     kind: "class" or "pooled", Gaussians fitted to images x with labels y; "fields", colour_fields;
-    or a set as load_images takes it, of which images are drawn at random. ValueError: "class", and
-    one of the ten is missing."""
+    or a set as load_images takes it, of which images are drawn at random. Refused: "class", and one
+    of the ten is missing; no such set."""
     if kind == "class" and len(y.unique()) < 10:
-        raise ValueError("class-wise starts need images of all ten classes")
+        raise Refused("class-wise starts need images of all ten classes")
     if kind in ("class", "pooled"):
         return fit_gaussians(x, y if kind == "class" else None).sample
     if kind == "fields":
@@ -526,7 +537,7 @@ def accuracy(f, x, y, score=None, *, batch_size=250, **ascend_args):
             finite.append(logits.isfinite().all(1))
     finite = torch.cat(finite)
     if not finite.all():
-        raise ValueError(f"accuracy: {_share(~finite)} have logits that are NaN or infinite")
+        raise Refused(f"accuracy: {_share(~finite)} have logits that are NaN or infinite")
     return torch.cat(correct).double().mean().item()
 
 
@@ -553,7 +564,7 @@ def to_uint8(x):
         return x
     if not x.isfinite().all():
         bad = int((~x.isfinite()).sum())
-        raise ValueError(f"to_uint8: {bad} of {x.numel()} pixels are NaN or infinite")
+        raise Refused(f"to_uint8: {bad} of {x.numel()} pixels are NaN or infinite")
     return x.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -567,26 +578,85 @@ def crop_flip(x, pad=4, mode="constant"):
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
 
-def load_images(name, root="./data", train=True):
-    """A set of images, uint8 [N, 3, 32, 32]: cifar100 or svhn, downloaded into root if absent, or a
-    .npy (a .npz: its arr_0), uint8 [N, 32, 32, 3]. OSError: no such file, or no download.
-    ValueError: something else in it."""
+def load_data(args):
+    """CIFAR-10 of args.data, with args.smoke drawn digits: x_train, y_train, x_test, y_test, uint8
+    [N, 3, 32, 32] and int64 [N], at most args.limit of each set, on args.device."""
+    if args.smoke:
+        tensors = [*drawn_digits(2000, seed=0), *drawn_digits(250, seed=1)]
+    else:
+        tensors = cifar10(args.data)
+    return [t[:args.limit].to(args.device) for t in tensors]
+
+
+def cifar10(root="./data"):
+    """x_train, y_train, x_test, y_test of root/cifar-10-batches-py, downloaded if absent: uint8
+    [N, 3, 32, 32], int64 [N]. Refused: a file is missing or damaged, and no download."""
+    tensors = []
     try:
-        if name == "cifar100":
-            x = torchvision.datasets.CIFAR100(root, train, download=True).data
-        elif name == "svhn":
-            split = "train" if train else "test"
-            x = torchvision.datasets.SVHN(root, split, download=True).data.transpose(0, 2, 3, 1)
-        else:
-            x = np.load(name, allow_pickle=False)
-            x = x["arr_0"] if isinstance(x, np.lib.npyio.NpzFile) else x
-    except OSError:
-        raise
+        with ten_seconds_of_silence():
+            for train in (True, False):
+                images = CIFAR10(root, train, download=True)
+                tensors.append(torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous())
+                tensors.append(torch.tensor(images.targets))
+    except Exception as e:  # torchvision raises a dozen kinds
+        folder = Path(root, CIFAR10.base_folder)
+        listed = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+        listed.append(CIFAR10.meta["filename"])
+        missing = [name for name in listed if not (folder / name).exists()]
+        fault = f"lacks {', '.join(missing)}" if missing else "is damaged"
+        raise Refused(f"{folder} {fault}, and no download ({one_line(e)})") from e
+    return tensors
+
+
+def load_images(name, root="./data", train=True):
+    """A set of images, uint8 [N, 3, 32, 32]: cifar100 or svhn, downloaded into root if absent, of
+    the train or test split (cifar100-train, svhn-train: always train); or a .npy (a .npz: its
+    arr_0), uint8 [N, 32, 32, 3]. Refused: no such file, no download, something else in it."""
+    known, _, split = name.partition("-")
+    train = train or split == "train"
+    try:
+        with ten_seconds_of_silence():
+            if known == "cifar100" and split in ("", "train"):
+                x = CIFAR100(root, train, download=True).data
+            elif known == "svhn" and split in ("", "train"):
+                x = SVHN(root, "train" if train else "test", download=True).data
+                x = x.transpose(0, 2, 3, 1)
+            else:
+                x = np.load(name, allow_pickle=False)
+                x = x["arr_0"] if isinstance(x, np.lib.npyio.NpzFile) else x
     except Exception as e:  # torchvision and numpy raise a dozen kinds
-        raise ValueError(f"{name}: {type(e).__name__}: {e}") from e
+        raise Refused(f"{name}: {one_line(e)}") from e
     if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3) or len(x) == 0:
-        raise ValueError(f"{name} must be uint8 [N, 32, 32, 3], not {x.dtype} {list(x.shape)}")
+        raise Refused(f"{name} must be uint8 [N, 32, 32, 3], not {x.dtype} {list(x.shape)}")
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+
+
+@contextmanager
+def ten_seconds_of_silence():
+    """Around a download: a connection that is silent for longer ends."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def drawn_digits(n, seed):
+    """n drawn images, uint8 [n, 3, 32, 32], of the digits in turn, and their labels [n]: colours,
+    place and size at random; a set to try things on that needs no download."""
+    random, images = np.random.default_rng(seed), []
+    for i in range(n):
+        light, dark = random.integers(128, 256, 3), random.integers(0, 100, 3)
+        # light on dark or dark on light, so that no single pixel tells the digits apart
+        paper, ink = random.permutation([light, dark]).tolist()
+        image = Image.new("RGB", (32, 32), tuple(paper))
+        font, centre = ImageFont.load_default(random.integers(24, 34)), random.integers(12, 21, 2)
+        ImageDraw.Draw(image).text(tuple(centre.tolist()), str(i % 10), tuple(ink), font,
+                                   anchor="mm", stroke_width=1)
+        images.append(np.asarray(image))
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return x, torch.arange(n) % 10
 
 
 def save_samples(prefix, x, labels=None):
@@ -609,3 +679,113 @@ def save_samples(prefix, x, labels=None):
     os.replace(f"{prefix}.tmp.npz", f"{prefix}.npz")
     grid = torchvision.utils.make_grid(x[shown], nrow=columns, pad_value=255)
     torchvision.transforms.functional.to_pil_image(grid).save(f"{prefix}.png")
+
+
+def save_animation(path, frames, scale=1):
+    """Write a GIF of frames, a list of x_k [N, 3, H, W] as `ascend`'s callback sees them, each a
+    grid of 10 images a row; the last one stays for two seconds. scale: pixels a pixel."""
+    grids = []
+    for x in frames:
+        grid = torchvision.utils.make_grid(to_uint8(x.detach()).cpu(), nrow=10, pad_value=255)
+        grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        grids.append(torchvision.transforms.functional.to_pil_image(grid))
+    durations = [100] * (len(grids) - 1) + [2000]  # ms
+    grids[0].save(path, save_all=True, append_images=grids[1:], duration=durations, loop=0)
+
+
+# ---------------------------------------------------------------- a run's words and its folder
+def progress(batches, what):
+    """Yield the batches, and print how far it is, how fast, and how long it will still take: on a
+    terminal in one line that rewrites itself, elsewhere every half minute."""
+    begun = said = time.monotonic()
+    done, total = 0, sum(map(len, batches))
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        now = time.monotonic()
+        rate = done / max(now - begun, 1e-3)  # some clocks stand still for as long
+        line = f"{what}: {done}/{total} images, {rate:.0f}/s, {(total - done) / rate:.0f} s left"
+        if done == total:
+            say(line)
+        elif on_a_terminal():
+            say(line, end="\x1b[K\r")
+        elif now - said >= 30:
+            say(line)
+            said = now
+
+
+def say_how_long(args, net, forwards):
+    """On a CPU: about how long a training takes here whose epoch needs so many forwards of an
+    image; that bfloat16 is faster, where the processor has it; that --small is made for a CPU."""
+    if args.device != "cpu" or args.smoke:
+        return
+    x = torch.zeros(32, 3, 32, 32)
+    with eval_mode(net), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
+        net(x)  # the first time is slower
+        begun = time.perf_counter()
+        net(x)
+        seconds = (time.perf_counter() - begun) / len(x) * forwards * args.epochs
+    advice = "" if args.small else "; --small is made for a CPU"
+    say(f"on this CPU, the training will take some {seconds / 3600:.1g} hours{advice}")
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # 2.12
+    if not args.amp and (can.get("amx_bf16") or can.get("avx512_bf16")):
+        say("this processor has bfloat16 units: with --amp it is 2 to 4 times faster")
+
+
+def on_a_terminal():
+    try:
+        return sys.stdout.isatty()
+    except (AttributeError, ValueError):  # something in its place; closed
+        return False
+
+
+def say(text, end="\n", file=None):
+    """Print, on stdout by default. A character that its encoding lacks, or a closed file, costs
+    nothing."""
+    file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=file,
+              flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+def one_line(e):
+    return f"{type(e).__name__}: {' '.join(str(e).split())}"[:300]
+
+
+def write(path, content):
+    """Replace a file by these bytes, or leave it as it was."""
+    try:
+        Path(f"{path}.tmp").write_bytes(content)
+        os.replace(f"{path}.tmp", path)
+    finally:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder, afresh=False):
+    """A run's folder, for this process alone: created, found writable and, where the system can,
+    locked. afresh: what an earlier run left there goes. Refused: another run is at work in it."""
+    if not folder:
+        raise Refused("--out is empty")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise Refused(f"another run is at work in {folder}") from e
+        except (ImportError, OSError):  # not on every system
+            pass
+        if afresh:
+            for name in ("checkpoint.pt", "log.jsonl", "results.json", "samples_*"):
+                for path in folder.glob(name):
+                    path.unlink()
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [".lock"]:  # nothing was made
+                shutil.rmtree(folder, ignore_errors=True)
