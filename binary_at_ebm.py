@@ -14,15 +14,18 @@ E = -f.
   python binary_at_ebm.py --classes 3 --p0 rest --translate-from 5 --out runs/cats    dogs to cats
   python binary_at_ebm.py --small         on a CPU: cars against the rest; trucks become cars
   python binary_at_ebm.py --smoke         drawn digits, no data: under a minute on two CPU cores
-  python binary_at_ebm.py --attack-steps 0 --out runs/at_ebm-twin     the control: p_0 unattacked
+  python binary_at_ebm.py --attack-steps 0 --out runs/at_ebm-control    the control: p_0 as it is
+                                          (the data move as ever)
 
-Writes checkpoint.pt, log.jsonl, samples_{ascent,translation}.{png,npz} and results.json to --out;
-translation's png: each source, and beside it what it became. results.json: the gate's next K; 5,
-25, 50, 75, 95 % quantiles of E of test data, p_0, attacked p_0, samples; AUROC of test data against
-each of --ood-sets, clean and worst case (l2 1.0). A set that is p_0 itself is marked seen_in_p0: no
-evidence (null: not known, one of them is a file). IS and FID are against all ten classes, whatever
---classes. The same command resumes after the last finished epoch; a finished run samples again,
-with other sampling flags too.
+Writes to --out: checkpoint.pt; log.jsonl, a line an epoch; for each sampler a set of samples,
+samples_{ascent,translation}.{png,npz}, named by the sampling flags that are not at their defaults
+(samples_ascent_steps-64.png); translation's png: each source, and beside it what it became.
+results.json: the gate's next K; 5, 25, 50, 75, 95 % quantiles of E of test data, p_0, attacked p_0;
+AUROC of test data against each of --ood-sets, clean and worst case (l2 1.0); a row for each set of
+samples. An outlier set that is p_0 itself is marked seen_in_p0: no evidence (null: not known, one
+of them is a file). IS and FID are against all ten classes, whatever --classes. The same command
+resumes after the last finished epoch, makes what is not there yet, and leaves the rest (a --smoke
+without --out begins afresh). More epochs make all in results.json void.
 
 Sources of the defaults: [official] the code of the paper, xuwangyin/AT-EBMs; [our substitution]:
 CIFAR-100 for its p_0, 80M Tiny Images, which are withdrawn (a .npy of your own is possible);
@@ -32,11 +35,13 @@ file draws; in mode ood it augments by AutoAugment and cutout, not by crop and f
 outliers with 1,024 test images, not with all, and attacks them by APGD.
 """
 import argparse
+import hashlib
+import io
 import json
 import math
 import os
-import shutil
-import socket
+import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -44,14 +49,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torchvision.datasets import CIFAR10
 from torchvision.models.resnet import resnet18, resnet50
 from torchvision.utils import save_image
 
-from samplers import (ascend, crop_flip, load_images, logit, save_samples, to_float, to_uint8,
-                      worst_case)
+from samplers import (Refused, ascend, claimed, crop_flip, load_data, load_images, logit, one_line,
+                      progress, save_samples, say, say_how_long, to_float, to_uint8, worst_case,
+                      write)
 
 
 # ================================================================ the method
@@ -105,11 +109,10 @@ class Gate:
 
 
 def auc(positive, negative):
-    """P(positive > negative) + P(equal) / 2 of two sets of scores, exact. ValueError: none, a NaN.
-    """
+    """P(positive > negative) + P(equal) / 2 of two sets of scores, exact. Refused: none, a NaN."""
     positive, negative = positive.flatten(), negative.flatten().sort().values
     if len(positive) * len(negative) == 0 or positive.isnan().any() or negative.isnan().any():
-        raise ValueError("auc: no scores, or scores that are NaN")
+        raise Refused("auc: no scores, or scores that are NaN")
     below = torch.searchsorted(negative, positive).sum()
     not_above = torch.searchsorted(negative, positive, right=True).sum()
     return (below + not_above).double() / (2 * len(positive) * len(negative))
@@ -117,7 +120,7 @@ def auc(positive, negative):
 
 def sample(f, name, x, args):
     """Images x, uint8 [N, 3, 32, 32], moved up the logit, and their mean l2 distance from x."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.sample_seed)
     images, moved = [], []
     for batch in progress(x.split(args.sample_batch_size), name):
         x_0 = to_float(batch)
@@ -153,32 +156,37 @@ def parse_args(argv=None):
     add("--auc-window", type=positive, default=100, help="iterations [official]")
     add("--epochs-per-step", type=positive, default=5,
         help="at most, at each K but the last [official]")
-    add("--seed", type=count, default=0, help="of weights, data order and samples [official]")
+    add("--seed", type=count, default=0, help="of weights and data order [official]")
     add("--limit", type=positive, default=50000, help="at most so many images of CIFAR-10's sets")
     add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
 
-    running = argparse.ArgumentParser(add_help=False)
-    add = running.add_argument_group("running; these may change").add_argument
-    add("--small", action="store_true", help="other defaults, for CIFAR-10 on a CPU")
-    add("--epochs", type=positive, default=200,
-        help="of the data [assumed; ood: by the released checkpoint's name; its script: 400]")
-    add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
-    add("--out", default="runs/binary_at_ebm", help="folder of the run")
-    add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
-    add("--amp", default=True, action=argparse.BooleanOptionalAction,
-        help="bfloat16 in attacks and samplers, on CUDA")
-    add("--sampler", default=["ascent", "translation"], choices=("ascent", "translation"),
-        nargs="+", help="ascent: from p_0; translation: from --translate-from")
+    sampling = argparse.ArgumentParser(add_help=False)
+    add = sampling.add_argument_group("sampling; a set of samples belongs to these").add_argument
     add("--translate-from", type=in_range(int, 0, 9), metavar="0..9", help="its test images")
     add("--num-samples", type=positive, default=50000, help="of each sampler [official]")
+    add("--sample-seed", type=count, default=0, help="of p_0's order and noise: another set")
     add("--sample-steps", type=count, default=32, help="[official]")
     add("--sample-step-size", type=number, default=0.2, help="[official]")
     add("--sample-eps", type=radius, default=math.inf, help="radius around the start [official]")
     add("--sample-norm", default="l2", choices=("l2", "linf", "none"), help="none: raw gradient")
     add("--sample-noise", type=number, default=0.0, help="standard deviation per step [official]")
     add("--sample-batch-size", type=positive, default=500, help="images moved together")
+
+    running = argparse.ArgumentParser(add_help=False)
+    add = running.add_argument_group("running; these may change").add_argument
+    add("--small", action="store_true", help="other defaults, for CIFAR-10 on a CPU")
+    add("--epochs", type=positive, default=200,
+        help="of the data [assumed; ood: by the released checkpoint's name; its script: 400]")
+    add("--data", type=os.path.expanduser, default="./data",
+        help="folder of cifar-10-batches-py, downloaded if absent")
+    add("--out", type=os.path.expanduser, default="runs/binary_at_ebm", help="folder of the run")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
+    add("--amp", action=argparse.BooleanOptionalAction,
+        help="bfloat16 in attacks and samplers; None: on CUDA")
+    add("--sampler", default=["ascent", "translation"], choices=("ascent", "translation"),
+        nargs="+", help="ascent: from p_0; translation: from --translate-from")
     add("--ood-sets", default=["svhn", "cifar100", "noise"], nargs="*", metavar="SET",
-        help="as --p0, or svhn [official; ImageNet-32 there, too]")
+        help="as --p0, svhn, cifar100-train [official: svhn, cifar100, noise, ImageNet-32]")
     add("--ood-images", type=positive, default=1024, help="of each set [official]")
     add("--ood-steps", type=positive, default=100, help="of their attack [official]")
 
@@ -201,7 +209,7 @@ def parse_args(argv=None):
     smoke_ood = dict(
         epochs=20, lr=0.05, attack_steps=5, attack_eps=2.0, positive_eps=0.5)
     # pairs: where all flags of the left are given, the defaults of the right; later ones win
-    return read_flags(training, running, argv, [
+    return read_flags((training, sampling, running), argv, [
         ({"mode": "ood"}, ood),
         ({"small": True}, small), ({"small": True, "mode": "ood"}, small_ood),
         ({"smoke": True}, smoke), ({"smoke": True, "mode": "ood"}, smoke_ood)])
@@ -290,39 +298,39 @@ def load_set(name, args, rest, train=False):
     """The train or test images of a set, uint8 [N, 3, 32, 32]. rest: those outside --classes."""
     if name == "rest":
         if len(rest) == 0:
-            raise ValueError("--classes leave no others")
+            raise Refused("--classes leave no others")
         return rest
     if name == "noise":
         generator = torch.Generator().manual_seed(2 * args.seed + int(train))  # one for each split
         size = (50000 if train else 10000, 3, 32, 32)
         return torch.randint(256, size, generator=generator, dtype=torch.uint8).to(args.device)
-    if args.smoke and name in ("cifar100", "svhn"):
-        raise ValueError("--smoke downloads nothing")
+    if args.smoke and name.startswith(("cifar100", "svhn")):
+        raise Refused("--smoke downloads nothing")
     return load_images(name, args.data, train).to(args.device)
 
 
 def load_all(args):
     """x_train of p_data, p_0, x_data and x_rest (test images of --classes and of the others), and
-    the images to translate, or None; all uint8 [N, 3, 32, 32]. ValueError: flags that ask for what
-    is not there."""
+    the images to translate, or None; all uint8 [N, 3, 32, 32]. Refused: flags that ask for what is
+    not there."""
     if "translation" in args.sampler and args.translate_from in args.classes:
-        raise ValueError(f"--translate-from {args.translate_from} is one of --classes; --sampler "
-                         "ascent goes without")
+        raise Refused(f"--translate-from {args.translate_from} is one of --classes; --sampler "
+                      "ascent goes without")
     if args.translate_from is None and set(args.sampler) == {"translation"}:
-        raise ValueError("--sampler translation needs --translate-from")
+        raise Refused("--sampler translation needs --translate-from")
     x_train, y_train, x_test, y_test = load_data(args)
     own = torch.tensor(args.classes, device=args.device)
     own_train, own_test = torch.isin(y_train, own), torch.isin(y_test, own)
     try:
         p_0 = load_set(args.p0, args, x_train[~own_train], train=True)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"--p0 {args.p0}: {e}; others: cifar100, noise, rest, a .npy") from e
+    except Refused as e:
+        raise Refused(f"--p0 {args.p0}: {e}; others: cifar100, noise, rest, a .npy") from e
     sources = None
     if args.translate_from is not None:
         sources = x_test[y_test == args.translate_from][:args.num_samples]
     x_data = x_test[own_test]
     if not own_train.any() or len(x_data) == 0 or (sources is not None and len(sources) == 0):
-        raise ValueError("--limit leaves no images of --classes or of --translate-from")
+        raise Refused("--limit leaves no images of --classes or of --translate-from")
     return x_train[own_train], p_0, x_data, x_test[~own_test], sources
 
 
@@ -351,178 +359,183 @@ def detect(f, x_data, x, images=1024, steps=100, eps=1.0):
             "auroc_worst": auc(f_data, f_worst).item(), "eps": eps, "steps": steps}
 
 
+def in_p0(name, p0):
+    """Whether an outlier set is p_0 itself; None: not known, for a file may hold anything."""
+    if name.removesuffix("-train") == p0.removesuffix("-train"):
+        return True
+    known = {"cifar100", "svhn", "noise", "rest"}
+    return False if {name.removesuffix("-train"), p0.removesuffix("-train")} <= known else None
+
+
 def run(args):
     x_train, p_0, x_data, x_rest, sources = load_all(args)
     torch.manual_seed(args.seed)
     f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
+    forwards = 2 * args.attack_steps + 2 * args.positive_steps + 9.3
+    say_how_long(args, f, forwards * len(x_train))
     K = train(f, x_train, p_0, args)
 
-    torch.manual_seed(args.seed)
+    results = load_results(args)
+    results["K"] = K
+    torch.manual_seed(args.sample_seed)
     p_0 = p_0[torch.randperm(len(p_0), device=args.device)]
-    x_0 = to_float(p_0[:250])  # attacked as in training, here in float32
-    x_k = ascend(logit(f), x_0, K, args.attack_step_size, eps=args.attack_eps, norm=args.norm)
-    energy = {"data": energies(f, x_data), "p0": energies(f, x_0), "p0_attacked": energies(f, x_k)}
-    print("energies:", energy)
+    if "energy" not in results:
+        x_0 = to_float(p_0[:250])  # attacked as in training, here in float32
+        x_k = ascend(logit(f), x_0, K, args.attack_step_size, eps=args.attack_eps, norm=args.norm)
+        results["energy"] = {"data": energies(f, x_data), "p0": energies(f, x_0),
+                             "p0_attacked": energies(f, x_k)}
+        save_results(args, results)
+    say(f"energies: {results['energy']}")
 
-    outliers = {}
+    outliers = results.setdefault("ood", {})
     for name in args.ood_sets:
-        try:
-            x = load_set(name, args, x_rest)
-        except (OSError, ValueError) as e:
-            outliers[name] = {"skipped": str(e)}
-        else:
-            torch.manual_seed(args.seed)
-            outliers[name] = detect(f, x_data, x, args.ood_images, args.ood_steps)
-            seen = Path(name).resolve() == Path(args.p0).resolve()  # a name, or a path
-            if not seen and ".npy" in (Path(name).suffix, Path(args.p0).suffix):
-                seen = None  # a file may hold anything
-            outliers[name]["seen_in_p0"] = seen
-        print(f"outliers, {name}: {outliers[name]}")
+        made_with = {"images": args.ood_images, "steps": args.ood_steps}
+        if outliers.get(name, {}).get("flags") != made_with:
+            try:
+                x = load_set(name, args, x_rest)
+            except Refused as e:
+                outliers[name] = {"skipped": str(e)}
+            else:
+                torch.manual_seed(args.seed)
+                outliers[name] = detect(f, x_data, x, args.ood_images, args.ood_steps)
+                outliers[name].update(seen_in_p0=in_p0(name, args.p0), flags=made_with)
+            save_results(args, results)
+        say(f"outliers, {name}: {outliers[name]}")
 
     turns = torch.arange(args.num_samples, device=args.device) % len(p_0)
     starts = {"ascent": p_0[turns], "translation": sources}
-    samples = {}
-    for name in args.sampler:
-        if starts[name] is None:
-            print("no --translate-from: no translation")
+    names = []
+    for sampler in args.sampler:
+        if starts[sampler] is None:
+            say("no --translate-from: no translation")
             continue
-        images, moved = sample(f, name, starts[name], args)
-        path = f"{args.out}/samples_{name}"
-        save_samples(path, images)
-        if name == "translation":  # its picture: each source, and beside it what it became
-            pairs = torch.stack([sources, images], 1)[:50].flatten(0, 1)
-            save_image(to_float(pairs), f"{path}.png", nrow=10, pad_value=1.0)
-        samples[name] = {"n": len(images), "moved": moved, "energy": energies(f, images)}
-    return {"K": K, "energy": energy, "ood": outliers, "samples": scored(args, samples)}
+        unused = ("translate_from",) if sampler == "ascent" else ()
+        name, made_with = set_of_samples(args, sampler, *unused)
+        if len(starts[sampler]) < args.num_samples:
+            say(f"{name}: --num-samples {args.num_samples}, but there are {len(sources)} test "
+                "images to translate: of so few, FID is biased")
+        if name not in results["samples"]:
+            images, moved = sample(f, sampler, starts[sampler], args)
+            path = f"{args.out}/samples_{name}"
+            save_samples(path, images)
+            if sampler == "translation":  # its picture: each source, and beside it what it became
+                pairs = torch.stack([sources, images], 1)[:50].flatten(0, 1)
+                save_image(to_float(pairs), f"{path}.png", nrow=10, pad_value=1.0)
+            results["samples"][name] = {"n": len(images), "moved": moved,
+                                        "energy": energies(f, images), "flags": made_with}
+            save_results(args, results)
+        names.append(name)
+    score(args, results, names)
 
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
-def draw(n, seed):
-    """n drawn images, uint8 [n, 3, 32, 32], of the digits in turn, and their labels [n]."""
-    random, images = np.random.default_rng(seed), []
-    for i in range(n):
-        light, dark = random.integers(128, 256, 3), random.integers(0, 100, 3)
-        # light on dark or dark on light, so that no single pixel tells the digits apart
-        paper, ink = random.permutation([light, dark]).tolist()
-        image = Image.new("RGB", (32, 32), tuple(paper))
-        font, centre = ImageFont.load_default(random.integers(24, 34)), random.integers(12, 21, 2)
-        ImageDraw.Draw(image).text(tuple(centre.tolist()), str(i % 10), tuple(ink), font,
-                                   anchor="mm", stroke_width=1)
-        images.append(np.asarray(image))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.arange(n) % 10
-
-
-def load_data(args):
-    """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32] and int64 [N]."""
-    if args.smoke:
-        tensors = [*draw(2000, seed=0), *draw(250, seed=1)]
-    else:
-        tensors = []
-        for train in (True, False):
-            try:
-                images = CIFAR10(args.data, train, download=True)
-            except Exception as e:  # no network, a damaged file: torchvision raises a dozen kinds
-                raise OSError(f"no whole cifar-10-batches-py in --data {args.data}, and no "
-                              f"download ({e}); --smoke needs no data") from e
-            tensors.append(torch.tensor(images.data).permute(0, 3, 1, 2))
-            tensors.append(torch.tensor(images.targets))
-    return [t[:args.limit].contiguous().to(args.device) for t in tensors]
-
-
-def progress(batches, what):
-    """Yield the batches, and print how far it is, how fast, and how long it will still take."""
-    begun, done, total = time.time(), 0, sum(map(len, batches))
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        rate = done / (time.time() - begun)
-        line = f"{what}: {done}/{total} images, {rate:.0f}/s, {(total - done) / rate:.0f} s left"
-        if done == total:
-            print(line, flush=True)
-        elif sys.stdout.isatty():  # there it rewrites itself
-            print(line, end="\x1b[K\r", flush=True)
-
-
-def log(args, **figures):
-    """Print an epoch's figures, and add them to log.jsonl. ValueError: one is not finite."""
+def log(args, epoch, **figures):
+    """Print an epoch's figures; they become line `epoch` of log.jsonl. Refused: one is not finite.
+    """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise ValueError(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
-    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
-    with open(f"{args.out}/log.jsonl", "a") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures}) + "\n")
+        raise Refused(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
+    figures = {"epoch": epoch, **figures}
+    say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
+    # a run killed between an epoch's line and its checkpoint has this line already
+    lines = path.read_text().splitlines()[:epoch - 1] if path.exists() else []
+    write(path, "\n".join([*lines, json.dumps({"time": now, **figures}), ""]).encode())
 
 
 def save_checkpoint(args, epoch, **parts):
-    """Replace --out's checkpoint by the state of the parts, unless the model has diverged."""
+    """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise ValueError(f"training diverged; {args.out} keeps its last checkpoint")
-    state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, training_flags(args)
+        raise Refused(f"training diverged; {args.out} keeps its last checkpoint")
+    state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, flags(args, args.training)
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state() if args.device == "cuda" else None
-    torch.save(state, f"{args.out}/checkpoint.tmp")
-    os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
+    content = io.BytesIO()
+    torch.save(state, content)
+    write(Path(args.out, "checkpoint.pt"), content.getbuffer())
 
 
 def resume(args, **parts):
     """Put the parts and the random numbers where --out's checkpoint left them -> epochs done."""
     path = Path(args.out, "checkpoint.pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        print(f"{args.out}: begins; {args.arch} on {args.device}")
+        say(f"{args.out}: begins; {args.arch} on {args.device}")
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         done, planned, theirs = state["epoch"], state["epochs"], state["flags"]
     except Exception as e:  # torch.load raises a dozen kinds
-        raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
-    mine = training_flags(args)
-    other = [f"{flag} was {theirs.get(flag)}, is {mine.get(flag)}" for flag in {**theirs, **mine}
-             if theirs.get(flag) != mine.get(flag)]
+        raise Refused(f"{path} cannot be used ({one_line(e)})") from e
+    mine = flags(args, args.training)
+    other = [f"{typed(flag)} was {theirs.get(flag)}, is {mine.get(flag)}"
+             for flag in {**theirs, **mine} if theirs.get(flag) != mine.get(flag)]
     if other:
-        raise ValueError(f"{path} is of another training ({', '.join(other)}): name another --out")
+        raise Refused(f"{path} is of another training ({', '.join(other)}): name another --out")
     if args.epochs < done:
-        raise ValueError(f"{path}: {done} epochs are done, --epochs cannot be fewer")
+        raise Refused(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        print(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        if args.device == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-    except (KeyError, RuntimeError) as e:
-        raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
-    print(f"{args.out}: {done} of {args.epochs} epochs are done")
+        say(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["rng"])
+    if args.device == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    say(f"{args.out}: {done} of {args.epochs} epochs are done")
     return done
 
 
-def training_flags(args):
-    flags = {name: getattr(args, name) for name in args.training_names}
-    return {"script": Path(__file__).stem, **flags}
+def load_results(args):
+    """What results.json holds of the present checkpoint; nothing, where it is of an earlier one."""
+    checkpoint = hashlib.sha256(Path(args.out, "checkpoint.pt").read_bytes()).hexdigest()
+    path = Path(args.out, "results.json")
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("checkpoint") != checkpoint:
+        results = {"checkpoint": checkpoint, "epochs": args.epochs, "samples": {}}
+        results["training"] = flags(args, args.training)
+        results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    there = {path.name for path in path.parent.glob("samples_*.npz")}
+    rows = results["samples"].items()
+    results["samples"] = {name: row for name, row in rows if f"samples_{name}.npz" in there}
+    return results
 
 
-def scored(args, samples):
-    """The rows {name: dict} of samples with IS and FID, or with null and the reason."""
-    files = [f"{args.out}/samples_{name}.npz" for name in samples]
-    scores = [{"is_mean": None, "is_std": None, "fid": None} for _ in files]
-    reason = None
-    if args.smoke:
-        reason = "IS and FID are not for digits"
-    elif args.device == "cpu":
-        reason = f"hours on a CPU: python metrics.py {' '.join(files)} --data {args.data}"
-    else:
-        try:
-            import metrics
-            scores = metrics.score(files, args.data, device=args.device)
-        except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights; out of memory
-            reason = " ".join(str(e).split())
-    if reason is not None:
-        print(f"no IS and FID ({reason})")
-    return {name: {**samples[name], **row, "reason": reason} for name, row in zip(samples, scores)}
+def save_results(args, results):
+    text = json.dumps(results, indent=2, allow_nan=False)
+    write(Path(args.out, "results.json"), text.encode())
+
+
+def set_of_samples(args, sampler, *unused):
+    """A set's name: the sampler, and each sampling flag that is not at its default; and its flags.
+    unused: flags that this sampler does not read."""
+    made_with = flags(args, [flag for flag in args.sampling if flag not in unused])
+    changed = [f"{typed(flag)[2:].removeprefix('sample-')}-{value}"
+               for flag, value in made_with.items() if getattr(args, flag) != args.defaults[flag]]
+    return re.sub(r"[^\w.-]", "-", "_".join([sampler, *changed])), made_with
+
+
+def score(args, results, names):
+    """IS and FID of these sets, or the reason why there are none, into their rows."""
+    files = [f"{args.out}/samples_{name}.npz" for name in names]
+    for name, file in zip(names, files):
+        row = results["samples"][name]
+        row.setdefault("fid", None)
+        if args.smoke:
+            row["reason"] = "digits have no IS and FID"
+        elif args.device == "cpu":
+            row["reason"] = "IS and FID take hours on a CPU"
+        elif row["fid"] is None:
+            try:
+                from metrics import score as inception_scores
+                row.update(inception_scores([file], args.data, device=args.device)[0], reason=None)
+            except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights, no memory
+                row["reason"] = one_line(e)
+        save_results(args, results)
+        say(f"{name}: { {key: value for key, value in row.items() if key != 'flags'} }")
+    if not args.smoke:
+        say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
 
 
 def in_range(kind, low, high=math.inf):
@@ -535,30 +548,51 @@ def in_range(kind, low, high=math.inf):
     return parse
 
 
-count = in_range(int, 0, 2 ** 63 - 1)
-positive = in_range(int, 1, 2 ** 63 - 1)
-number = in_range(float, 0, sys.float_info.max)  # finite
-radius = in_range(float, 0)
-fraction = in_range(float, 0, 1)
+count, positive, radius = in_range(int, 0), in_range(int, 1), in_range(float, 0)
+number, fraction = in_range(float, 0, 1e9), in_range(float, 0, 1)  # finite
 
 
-def read_flags(training, running, argv, presets):
-    """The arguments. presets: pairs (flags, defaults); where all the flags are as given there, the
-    defaults take the place of the parser's. Later pairs win over earlier ones."""
-    parser = argparse.ArgumentParser(description=__doc__, parents=[training, running],
-                                     formatter_class=HelpFormatter, allow_abbrev=False,
-                                     add_help=False)
+def typed(flag):
+    return "--" + flag.replace("_", "-")
+
+
+def flags(args, names):
+    """For a file: strict JSON has no infinity."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: "inf" if value == math.inf else value for name, value in values.items()}
+
+
+def read_flags(groups, argv, presets):
+    """The arguments of three parsers, training, sampling and running. presets: pairs (flags,
+    defaults); where all the flags are as given there, the defaults take the place of the parsers'.
+    Later pairs win over earlier ones."""
+    parser = argparse.ArgumentParser(description=__doc__, parents=groups, allow_abbrev=False,
+                                     formatter_class=HelpFormatter, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
+                        help="with the defaults of the presets that are given")
     parser.error = stop
-    given = vars(parser.parse_known_args(argv)[0])
-    if given["smoke"] and given["small"]:
+    training, sampling, running = [vars(group.parse_args([])) for group in groups]
+    defaults = {**training, **sampling, **running}
+    nothing = argparse.Namespace(**dict.fromkeys(defaults, None))
+    given = {k: v for k, v in vars(parser.parse_args(argv, nothing)).items() if v is not None}
+    for wanted, others in presets:
+        if all(given.get(flag, defaults[flag]) == value for flag, value in wanted.items()):
+            defaults.update(others)
+    if "help" in given:
+        parser.set_defaults(**defaults)
+        parser.exit(message=parser.format_help())
+    if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
-    for flags, defaults in presets:
-        if all(given[flag] == value for flag, value in flags.items()):
-            parser.set_defaults(**defaults)
-    parser.add_argument("-h", "--help", action="help", help="shows the presets' defaults, too")
-    args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
-    args.amp = args.amp and args.device == "cuda"
-    args.training_names = list(vars(training.parse_args([])))  # a checkpoint belongs to these
+    for norm, *lengths in (("norm", "attack_eps", "attack_step_size"),
+                           ("sample_norm", "sample_step_size")):
+        missing = [typed(n) for n in lengths if n not in given and defaults[n] is not None]
+        if given.get(norm, defaults[norm]) != defaults[norm] and missing:
+            parser.error(f"another {typed(norm)} has other lengths: give {', '.join(missing)}, too")
+    args = argparse.Namespace(**{**defaults, **given})
+    args.training, args.sampling, args.defaults = training, sampling, defaults
+    args.afresh = args.smoke and "out" not in given
+    if args.amp is None:
+        args.amp = args.device == "cuda"
     return args
 
 
@@ -568,36 +602,25 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def stop(message, code=2):
     """One line on stderr, and the end."""
-    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)
 
 
 def main(argv=None):
-    args, begun = parse_args(argv), time.time()
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+    args, benchmark = parse_args(argv), torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
-    socket.setdefaulttimeout(10)  # a silent download ends
-    if args.smoke and args.out == f"runs/{Path(__file__).stem}-smoke":  # begun afresh each time
-        shutil.rmtree(args.out, ignore_errors=True)
     try:
-        figures = run(args)
-        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        flags = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        results = {"args": flags, "versions": versions, "device": device,
-                   "seconds": time.time() - begun, **figures}
-        text = json.dumps(results, indent=2, allow_nan=False)
-        Path(args.out, "results.json").write_text(text)
+        with claimed(args.out, args.afresh):
+            run(args)
     except KeyboardInterrupt:
-        stop("interrupted; the same command resumes after the last epoch (--smoke: only with an "
-             "--out of its own)", code=130)
-    except (OSError, ValueError) as e:
+        stop("interrupted; " + ("--smoke begins afresh, unless --out is given" if args.afresh else
+                                "the same command goes on after the last epoch"), code=130)
+    except (Refused, OSError) as e:
         stop(e)
-    except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors
-        words = "out of memory", "allocate memory"
-        if isinstance(e, RuntimeError) and not any(word in str(e) for word in words):
-            raise
+    except (MemoryError, torch.OutOfMemoryError) as e:
         stop(f"out of memory: try a smaller --batch-size or --sample-batch-size ({e})")
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
 
 
 if __name__ == "__main__":

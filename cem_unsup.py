@@ -6,6 +6,7 @@ unit g and t are ACL's.
 
   training  min_theta E max_{|x_hat - x| <= eps} NCE(x_hat, x')       x, x': two views of an image
             NCE(x, x') = -log [ exp f(x, x') / sum_j exp f(x, x_j) ]      j: x', all other views
+            NT-Xent, the loss here, is the mean of NCE(x, x') and NCE(x', x)
   MaxEnt    N samples move together to raise H = -1/N sum_i log 1/N sum_j exp f(x_i, x_j), each
             along grad -log sum_{j != i} exp f(x_i, sg[x_j]). sg: held constant, so that x_i's part
             in the other samples' terms is left out, and this is not quite grad H
@@ -15,14 +16,17 @@ unit g and t are ACL's.
   python cem_unsup.py                     the paper's run: CIFAR-10 (downloaded), ResNet-50
   python cem_unsup.py --small             CIFAR-10 on a CPU: a small net, a short schedule
   python cem_unsup.py --smoke             drawn digits, no data: under a minute on two CPU cores
-  python cem_unsup.py --attack-steps 0 --out runs/cem_unsup-twin         the control: no attack
+  python cem_unsup.py --attack-steps 0 --out runs/cem_unsup-control      the control: no attack
   python cem_unsup.py --attack-views one --norm l2 --attack-eps 0.5 --attack-steps 7 \\
       --attack-step-size 0.1 --out runs/one        the formula's attack, in supervised CEM's ball
 
-Writes checkpoint.pt, log.jsonl, samples_{maxent,pgd}-{uncond,cond}.{png,npz} and results.json to
---out: accuracy is a linear probe's, on the features before the projector; entropy is the batches'
-H before and after. The same command resumes after the last finished epoch; a finished run
-samples again, with other sampling flags too. Only the probe and class-wise starts use labels.
+Writes to --out: checkpoint.pt; log.jsonl, a line an epoch; for each sampler and start a set of
+samples, samples_maxent-uncond.{png,npz} and so on, named also by the sampling flags that are not at
+their defaults (samples_pgd-cond_steps-25.png); results.json: accuracy is a linear probe's, on the
+features before the projector; each set has a row, entropy is its batches' H before and after. The
+same command resumes after the last finished epoch, draws what is not there yet, and leaves the rest
+(a --smoke without --out begins afresh). More epochs make the rows of results.json void. Only the
+probe and class-wise starts use labels.
 
 Sources of the defaults: [slides] the paper's; [memory] of its text: the loss, MaxEnt; [ACL] Jiang
 et al., NeurIPS 2020, code, on which the paper builds; [DynACL] Luo et al., ICLR 2023, by CEM's
@@ -32,26 +36,26 @@ formula moves one view; [ACL] and [DynACL] move both, in the linf ball, and so d
 crop; its random start may leave [0, 1], ours may not.
 """
 import argparse
+import hashlib
+import io
 import json
 import math
 import os
-import shutil
-import socket
+import re
+import shlex
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torchvision.datasets import CIFAR10
 from torchvision.models.resnet import BasicBlock, resnet18, resnet50
 from torchvision.transforms.functional import rgb_to_grayscale
 
-from samplers import (accuracy, ascend, cross_entropy, entropy, eval_mode, info_nce, save_samples,
-                      starts, to_float, to_uint8)
+from samplers import (Refused, accuracy, ascend, claimed, cross_entropy, entropy, eval_mode, frozen,
+                      info_nce, load_data, one_line, progress, save_samples, say, say_how_long,
+                      starts, to_float, to_uint8, write)
 
 
 # ================================================================ the method
@@ -70,7 +74,7 @@ def cem_loss(g, x, x_prime, tau, views="both", **attack):
     image. views: "both" are moved, or "one". attack: steps, step_size, eps, norm."""
     if x.shape != x_prime.shape or views not in ("both", "one"):
         raise ValueError(f"{list(x.shape)} and {list(x_prime.shape)} as views; {views!r} moved")
-    with eval_mode(g):
+    with frozen(g):
         if views == "both":
             pair = torch.cat([x, x_prime])
             pair = ascend(info_nce(g, None, tau), pair, random_start=True, **attack)
@@ -93,14 +97,14 @@ SUFFIXES = {"pooled": "uncond", "class": "cond", "fields": "fields"}
 def sample(g, sampler, start, args):
     """--num-samples images uint8 [N, 3, 32, 32], the labels [N] of their starts, and the batches'
     mean entropy before and after. start: a function from labels to x_0."""
-    torch.manual_seed(args.seed)  # all samplers begin at the same points
+    torch.manual_seed(args.sample_seed)  # all samplers begin at the same points
     labels = torch.arange(args.num_samples, device=args.device) % 10
     images, entropies = [], []
     tau = args.temperature
     n_batches = math.ceil(len(labels) / args.sample_batch_size)  # equal ones: H depends on N
     for y in progress(labels.tensor_split(n_batches), sampler):
         x_0 = start(y)
-        with eval_mode(g), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp), frozen(g):
             x = ascend(SAMPLERS[sampler](g, x_0, tau), x_0, args.sample_steps,
                        args.sample_step_size, eps=args.sample_eps, norm=args.sample_norm,
                        noise=args.sample_noise)
@@ -124,7 +128,7 @@ def parse_args(argv=None):
         help="[slides: both ResNets]; small-W: three stages, of W, 2 W and 4 W channels")
     add("--temperature", type=in_range(float, 1e-3, 1e3), default=0.5,
         help="t [ACL], in sampling too [assumed]")
-    add("--batch-size", type=in_range(int, 2, 2 ** 63 - 1), default=512, help="images [ACL]")
+    add("--batch-size", type=in_range(int, 2), default=512, help="images [ACL]")
     add("--lr", type=number, default=0.5, help="learning rate [AdvCL]")
     add("--warmup-epochs", type=number, default=10.0,
         help="of linear growth up to --lr, --epochs / 10 at most; then a cosine down to 0 [AdvCL]")
@@ -141,28 +145,20 @@ def parse_args(argv=None):
     add("--attack-steps", type=count, default=5,
         help="[ACL, DynACL]; 0: the control, without a random start either")
     add("--attack-step-size", type=number, default=2 / 255, help="[ACL, DynACL]")
-    add("--seed", type=count, default=0, help="of weights, data order, attacks and samples")
+    add("--seed", type=count, default=0, help="of weights, data order and attacks")
     add("--limit", type=positive, default=50000, help="at most so many images of each set")
     add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
 
-    running = argparse.ArgumentParser(add_help=False)
-    add = running.add_argument_group("running; these may change").add_argument
-    add("--small", action="store_true", help="other defaults, for CIFAR-10 on a CPU")
-    add("--epochs", type=positive, default=1000, help="[ACL]")
-    add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
-    add("--out", default="runs/cem_unsup", help="folder of the run")
-    add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
-    add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
-    add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
-    add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
-        help="maxent [memory]; pgd [assumed]")
+    sampling = argparse.ArgumentParser(add_help=False)
+    add = sampling.add_argument_group("sampling; a set of samples belongs to these").add_argument
     add("--start", default=["pooled", "class"], choices=SUFFIXES, nargs="+", metavar="KIND",
         help="pooled: one Gaussian of all, uncond; class: one of each class, cond [assumed]; "
              "fields: random colours [ours]")
-    add("--seed-split", default="train", choices=("train", "test"),
+    add("--start-split", default="train", choices=("train", "test"),
         help="the Gaussians' images [ours, so that no test image enters; Santurkar et al.: test]")
-    add("--num-samples", type=in_range(int, 2, 2 ** 63 - 1), default=50000,
+    add("--num-samples", type=in_range(int, 2), default=50000,
         help="of each sampler and start [assumed]")
+    add("--sample-seed", type=count, default=0, help="of starts and noise: another set of samples")
     add("--sample-steps", type=count, default=60, help="[assumed, as all below]")
     add("--sample-step-size", type=number, default=0.5, help="pixels in [0, 1]")
     add("--sample-eps", type=radius, default=30.0, help="radius around the start; inf: none")
@@ -171,6 +167,19 @@ def parse_args(argv=None):
     add("--sample-batch-size", type=in_range(int, 3), default=512,
         help="N, samples that move together, at most: the batches are as equal as can be, and 2 "
              "could leave one alone")
+
+    running = argparse.ArgumentParser(add_help=False)
+    add = running.add_argument_group("running; these may change").add_argument
+    add("--small", action="store_true", help="other defaults, for CIFAR-10 on a CPU")
+    add("--epochs", type=positive, default=1000, help="[ACL]")
+    add("--data", type=os.path.expanduser, default="./data",
+        help="folder of cifar-10-batches-py, downloaded if absent")
+    add("--out", type=os.path.expanduser, default="runs/cem_unsup", help="folder of the run")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; None: on CUDA")
+    add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
+    add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
+        help="maxent [memory]; pgd [assumed]")
     small = dict(
         out="runs/cem_unsup-small", arch="small-32", epochs=5, batch_size=256, lr=0.3,
         norm="l2", attack_eps=1.0, attack_steps=2, attack_step_size=0.6, test_images=1000,
@@ -180,7 +189,8 @@ def parse_args(argv=None):
         crop_area=0.4, jitter=1.0, gray=0.5, norm="l2", attack_eps=1.0,
         attack_steps=1, attack_step_size=1.25, sample_steps=30, num_samples=100)
     # pairs: where all flags of the left are given, the defaults of the right
-    return read_flags(training, running, argv, [({"small": True}, small), ({"smoke": True}, smoke)])
+    return read_flags((training, sampling, running), argv,
+                      [({"small": True}, small), ({"smoke": True}, smoke)])
 
 
 # ================================================================ model
@@ -376,161 +386,160 @@ def linear_probe(g, x, y):
     return probe
 
 
+def evaluate(g, probe_data, x, y, args):
+    """Accuracy of images x, uint8 [N, 3, 32, 32], labels y [N], by a linear probe fitted to
+    probe_data, clean and under PGD-20 through the probe."""
+    probe = linear_probe(g, *probe_data)
+    eps = {"l2": 0.5, "linf": 8 / 255}[args.norm]  # the usual radius, whatever the training's
+    pgd20 = dict(steps=20, step_size=2.5 * eps / 20, eps=eps, norm=args.norm)
+    return {"n": len(x), "eps": eps, "clean": accuracy(probe, x, y),
+            "pgd20": accuracy(probe, x, y, cross_entropy, **pgd20)}
+
+
 def run(args):
     x_train, y_train, x_test, y_test = load_data(args)
     if len(x_train) < args.batch_size:
-        raise ValueError(f"--batch-size {args.batch_size}: there are {len(x_train)} images")
-    split = (x_test, y_test) if args.seed_split == "test" else (x_train, y_train)
+        raise Refused(f"--batch-size {args.batch_size}: there are {len(x_train)} images")
+    split = (x_test, y_test) if args.start_split == "test" else (x_train, y_train)
     start = {kind: starts(kind, *split) for kind in args.start}
     torch.manual_seed(args.seed)
     g = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
+    K = args.attack_steps
+    forwards = 4 * K + 6 if args.attack_views == "both" else 2 * K + 7
+    say_how_long(args, g, forwards * len(x_train))
     train(g, x_train, args)
 
+    results = load_results(args)
     x_test, y_test = x_test[:args.test_images], y_test[:args.test_images]
-    print(f"accuracy of {len(x_test)} test images by a linear probe, clean and under PGD-20 ...")
-    probe = linear_probe(g, x_train, y_train)
-    eps = {"l2": 0.5, "linf": 8 / 255}[args.norm]  # the usual radius, whatever the training's
-    pgd20 = dict(steps=20, step_size=2.5 * eps / 20, eps=eps, norm=args.norm)
-    robustness = {"n": len(x_test), "eps": eps, "clean": accuracy(probe, x_test, y_test),
-                  "pgd20": accuracy(probe, x_test, y_test, cross_entropy, **pgd20)}
-    print(robustness)
-    samples = {}
+    if results.get("accuracy", {"n": 0})["n"] < len(x_test):
+        say(f"accuracy of {len(x_test)} test images by a linear probe, clean and under PGD-20 ...")
+        results["accuracy"] = evaluate(g, (x_train, y_train), x_test, y_test, args)
+        save_results(args, results)
+    say(f"accuracy: {results['accuracy']}")
+    names = []
     for sampler in args.sampler:
         for kind in args.start:
-            name = f"{sampler}-{SUFFIXES[kind]}"
-            images, labels, entropies = sample(g, sampler, start[kind], args)
-            save_samples(f"{args.out}/samples_{name}", images, labels if kind == "class" else None)
-            samples[name] = {"n": len(images), "entropy": entropies}
-    return {"accuracy": robustness, "samples": scored(args, samples)}
+            name, made_with = set_of_samples(args, f"{sampler}-{SUFFIXES[kind]}", "start")
+            if name not in results["samples"]:
+                images, labels, entropies = sample(g, sampler, start[kind], args)
+                if kind != "class":
+                    labels = None
+                save_samples(f"{args.out}/samples_{name}", images, labels)
+                results["samples"][name] = {"n": len(images), "entropy": entropies,
+                                            "flags": {"start": kind, **made_with}}
+                save_results(args, results)
+            names.append(name)
+    score(args, results, names)
 
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
-def draw(n, seed):
-    """n drawn images, uint8 [n, 3, 32, 32], of the digits in turn, and their labels [n]."""
-    random, images = np.random.default_rng(seed), []
-    for i in range(n):
-        light, dark = random.integers(128, 256, 3), random.integers(0, 100, 3)
-        # light on dark or dark on light, so that no single pixel tells the digits apart
-        paper, ink = random.permutation([light, dark]).tolist()
-        image = Image.new("RGB", (32, 32), tuple(paper))
-        font, centre = ImageFont.load_default(random.integers(24, 34)), random.integers(12, 21, 2)
-        ImageDraw.Draw(image).text(tuple(centre.tolist()), str(i % 10), tuple(ink), font,
-                                   anchor="mm", stroke_width=1)
-        images.append(np.asarray(image))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.arange(n) % 10
-
-
-def load_data(args):
-    """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32] and int64 [N]."""
-    if args.smoke:
-        tensors = [*draw(2000, seed=0), *draw(250, seed=1)]
-    else:
-        tensors = []
-        for train in (True, False):
-            try:
-                images = CIFAR10(args.data, train, download=True)
-            except Exception as e:  # no network, a damaged file: torchvision raises a dozen kinds
-                raise OSError(f"no whole cifar-10-batches-py in --data {args.data}, and no "
-                              f"download ({e}); --smoke needs no data") from e
-            tensors.append(torch.tensor(images.data).permute(0, 3, 1, 2))
-            tensors.append(torch.tensor(images.targets))
-    return [t[:args.limit].contiguous().to(args.device) for t in tensors]
-
-
-def progress(batches, what):
-    """Yield the batches, and print how far it is, how fast, and how long it will still take."""
-    begun, done, total = time.time(), 0, sum(map(len, batches))
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        rate = done / (time.time() - begun)
-        line = f"{what}: {done}/{total} images, {rate:.0f}/s, {(total - done) / rate:.0f} s left"
-        if done == total:
-            print(line, flush=True)
-        elif sys.stdout.isatty():  # there it rewrites itself
-            print(line, end="\x1b[K\r", flush=True)
-
-
-def log(args, **figures):
-    """Print an epoch's figures, and add them to log.jsonl. ValueError: one is not finite."""
+def log(args, epoch, **figures):
+    """Print an epoch's figures; they become line `epoch` of log.jsonl. Refused: one is not finite.
+    """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise ValueError(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
-    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
-    with open(f"{args.out}/log.jsonl", "a") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures}) + "\n")
+        raise Refused(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
+    figures = {"epoch": epoch, **figures}
+    say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
+    # a run killed between an epoch's line and its checkpoint has this line already
+    lines = path.read_text().splitlines()[:epoch - 1] if path.exists() else []
+    write(path, "\n".join([*lines, json.dumps({"time": now, **figures}), ""]).encode())
 
 
 def save_checkpoint(args, epoch, **parts):
-    """Replace --out's checkpoint by the state of the parts, unless the model has diverged."""
+    """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise ValueError(f"training diverged; {args.out} keeps its last checkpoint")
-    state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, training_flags(args)
+        raise Refused(f"training diverged; {args.out} keeps its last checkpoint")
+    state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, flags(args, args.training)
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state() if args.device == "cuda" else None
-    torch.save(state, f"{args.out}/checkpoint.tmp")
-    os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
+    content = io.BytesIO()
+    torch.save(state, content)
+    write(Path(args.out, "checkpoint.pt"), content.getbuffer())
 
 
 def resume(args, **parts):
     """Put the parts and the random numbers where --out's checkpoint left them -> epochs done."""
     path = Path(args.out, "checkpoint.pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        print(f"{args.out}: begins; {args.arch} on {args.device}")
+        say(f"{args.out}: begins; {args.arch} on {args.device}")
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         done, planned, theirs = state["epoch"], state["epochs"], state["flags"]
     except Exception as e:  # torch.load raises a dozen kinds
-        raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
-    mine = training_flags(args)
-    other = [f"{flag} was {theirs.get(flag)}, is {mine.get(flag)}" for flag in {**theirs, **mine}
-             if theirs.get(flag) != mine.get(flag)]
+        raise Refused(f"{path} cannot be used ({one_line(e)})") from e
+    mine = flags(args, args.training)
+    other = [f"{typed(flag)} was {theirs.get(flag)}, is {mine.get(flag)}"
+             for flag in {**theirs, **mine} if theirs.get(flag) != mine.get(flag)]
     if other:
-        raise ValueError(f"{path} is of another training ({', '.join(other)}): name another --out")
+        raise Refused(f"{path} is of another training ({', '.join(other)}): name another --out")
     if args.epochs < done:
-        raise ValueError(f"{path}: {done} epochs are done, --epochs cannot be fewer")
+        raise Refused(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        print(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        if args.device == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-    except (KeyError, RuntimeError) as e:
-        raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
-    print(f"{args.out}: {done} of {args.epochs} epochs are done")
+        say(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["rng"])
+    if args.device == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    say(f"{args.out}: {done} of {args.epochs} epochs are done")
     return done
 
 
-def training_flags(args):
-    flags = {name: getattr(args, name) for name in args.training_names}
-    return {"script": Path(__file__).stem, **flags}
+def load_results(args):
+    """What results.json holds of the present checkpoint; nothing, where it is of an earlier one."""
+    checkpoint = hashlib.sha256(Path(args.out, "checkpoint.pt").read_bytes()).hexdigest()
+    path = Path(args.out, "results.json")
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("checkpoint") != checkpoint:
+        results = {"checkpoint": checkpoint, "epochs": args.epochs, "samples": {}}
+        results["training"] = flags(args, args.training)
+        results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    there = {path.name for path in path.parent.glob("samples_*.npz")}
+    rows = results["samples"].items()
+    results["samples"] = {name: row for name, row in rows if f"samples_{name}.npz" in there}
+    return results
 
 
-def scored(args, samples):
-    """The rows {name: dict} of samples with IS and FID, or with null and the reason."""
-    files = [f"{args.out}/samples_{name}.npz" for name in samples]
-    scores = [{"is_mean": None, "is_std": None, "fid": None} for _ in files]
-    reason = None
-    if args.smoke:
-        reason = "IS and FID are not for digits"
-    elif args.device == "cpu":
-        reason = f"hours on a CPU: python metrics.py {' '.join(files)} --data {args.data}"
-    else:
-        try:
-            import metrics
-            scores = metrics.score(files, args.data, device=args.device)
-        except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights; out of memory
-            reason = " ".join(str(e).split())
-    if reason is not None:
-        print(f"no IS and FID ({reason})")
-    return {name: {**samples[name], **row, "reason": reason} for name, row in zip(samples, scores)}
+def save_results(args, results):
+    text = json.dumps(results, indent=2, allow_nan=False)
+    write(Path(args.out, "results.json"), text.encode())
+
+
+def set_of_samples(args, sampler, *unused):
+    """A set's name: the sampler, and each sampling flag that is not at its default; and its flags.
+    unused: flags that this sampler does not read."""
+    made_with = flags(args, [flag for flag in args.sampling if flag not in unused])
+    changed = [f"{typed(flag)[2:].removeprefix('sample-')}-{value}"
+               for flag, value in made_with.items() if getattr(args, flag) != args.defaults[flag]]
+    return re.sub(r"[^\w.-]", "-", "_".join([sampler, *changed])), made_with
+
+
+def score(args, results, names):
+    """IS and FID of these sets, or the reason why there are none, into their rows."""
+    files = [f"{args.out}/samples_{name}.npz" for name in names]
+    for name, file in zip(names, files):
+        row = results["samples"][name]
+        row.setdefault("fid", None)
+        if args.smoke:
+            row["reason"] = "digits have no IS and FID"
+        elif args.device == "cpu":
+            row["reason"] = "IS and FID take hours on a CPU"
+        elif row["fid"] is None:
+            try:
+                from metrics import score as inception_scores
+                row.update(inception_scores([file], args.data, device=args.device)[0], reason=None)
+            except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights, no memory
+                row["reason"] = one_line(e)
+        save_results(args, results)
+        say(f"{name}: { {key: value for key, value in row.items() if key != 'flags'} }")
+    if not args.smoke:
+        say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
 
 
 def in_range(kind, low, high=math.inf):
@@ -543,30 +552,51 @@ def in_range(kind, low, high=math.inf):
     return parse
 
 
-count = in_range(int, 0, 2 ** 63 - 1)
-positive = in_range(int, 1, 2 ** 63 - 1)
-number = in_range(float, 0, sys.float_info.max)  # finite
-radius = in_range(float, 0)
-fraction = in_range(float, 0, 1)
+count, positive, radius = in_range(int, 0), in_range(int, 1), in_range(float, 0)
+number, fraction = in_range(float, 0, 1e9), in_range(float, 0, 1)  # finite
 
 
-def read_flags(training, running, argv, presets):
-    """The arguments. presets: pairs (flags, defaults); where all the flags are as given there, the
-    defaults take the place of the parser's. Later pairs win over earlier ones."""
-    parser = argparse.ArgumentParser(description=__doc__, parents=[training, running],
-                                     formatter_class=HelpFormatter, allow_abbrev=False,
-                                     add_help=False)
+def typed(flag):
+    return "--" + flag.replace("_", "-")
+
+
+def flags(args, names):
+    """For a file: strict JSON has no infinity."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: "inf" if value == math.inf else value for name, value in values.items()}
+
+
+def read_flags(groups, argv, presets):
+    """The arguments of three parsers, training, sampling and running. presets: pairs (flags,
+    defaults); where all the flags are as given there, the defaults take the place of the parsers'.
+    Later pairs win over earlier ones."""
+    parser = argparse.ArgumentParser(description=__doc__, parents=groups, allow_abbrev=False,
+                                     formatter_class=HelpFormatter, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
+                        help="with the defaults of the presets that are given")
     parser.error = stop
-    given = vars(parser.parse_known_args(argv)[0])
-    if given["smoke"] and given["small"]:
+    training, sampling, running = [vars(group.parse_args([])) for group in groups]
+    defaults = {**training, **sampling, **running}
+    nothing = argparse.Namespace(**dict.fromkeys(defaults, None))
+    given = {k: v for k, v in vars(parser.parse_args(argv, nothing)).items() if v is not None}
+    for wanted, others in presets:
+        if all(given.get(flag, defaults[flag]) == value for flag, value in wanted.items()):
+            defaults.update(others)
+    if "help" in given:
+        parser.set_defaults(**defaults)
+        parser.exit(message=parser.format_help())
+    if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
-    for flags, defaults in presets:
-        if all(given[flag] == value for flag, value in flags.items()):
-            parser.set_defaults(**defaults)
-    parser.add_argument("-h", "--help", action="help", help="shows the presets' defaults, too")
-    args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
-    args.amp = args.amp and args.device == "cuda"
-    args.training_names = list(vars(training.parse_args([])))  # a checkpoint belongs to these
+    for norm, *lengths in (("norm", "attack_eps", "attack_step_size"),
+                           ("sample_norm", "sample_step_size")):
+        missing = [typed(n) for n in lengths if n not in given and defaults[n] is not None]
+        if given.get(norm, defaults[norm]) != defaults[norm] and missing:
+            parser.error(f"another {typed(norm)} has other lengths: give {', '.join(missing)}, too")
+    args = argparse.Namespace(**{**defaults, **given})
+    args.training, args.sampling, args.defaults = training, sampling, defaults
+    args.afresh = args.smoke and "out" not in given
+    if args.amp is None:
+        args.amp = args.device == "cuda"
     return args
 
 
@@ -576,36 +606,25 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def stop(message, code=2):
     """One line on stderr, and the end."""
-    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)
 
 
 def main(argv=None):
-    args, begun = parse_args(argv), time.time()
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+    args, benchmark = parse_args(argv), torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
-    socket.setdefaulttimeout(10)  # a silent download ends
-    if args.smoke and args.out == f"runs/{Path(__file__).stem}-smoke":  # begun afresh each time
-        shutil.rmtree(args.out, ignore_errors=True)
     try:
-        figures = run(args)
-        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        flags = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        results = {"args": flags, "versions": versions, "device": device,
-                   "seconds": time.time() - begun, **figures}
-        text = json.dumps(results, indent=2, allow_nan=False)
-        Path(args.out, "results.json").write_text(text)
+        with claimed(args.out, args.afresh):
+            run(args)
     except KeyboardInterrupt:
-        stop("interrupted; the same command resumes after the last epoch (--smoke: only with an "
-             "--out of its own)", code=130)
-    except (OSError, ValueError) as e:
+        stop("interrupted; " + ("--smoke begins afresh, unless --out is given" if args.afresh else
+                                "the same command goes on after the last epoch"), code=130)
+    except (Refused, OSError) as e:
         stop(e)
-    except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors
-        words = "out of memory", "allocate memory"
-        if isinstance(e, RuntimeError) and not any(word in str(e) for word in words):
-            raise
+    except (MemoryError, torch.OutOfMemoryError) as e:
         stop(f"out of memory: try a smaller --batch-size or --sample-batch-size ({e})")
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
 
 
 if __name__ == "__main__":

@@ -14,15 +14,22 @@ ICCV 2021. With the classifier's logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k
   python jeat.py --method prejeat --out runs/prejeat     ours: CE at JEAT's x_adv, no log p(x)
   python jeat.py --small                  CIFAR-10 on a CPU: a small net, a short schedule
   python jeat.py --smoke                  drawn digits, no data: under a minute on two CPU cores
-  python jeat.py --smoke --method at --attack-steps 0 --out runs/jeat-twin        the control
 
-Writes checkpoint.pt, log.jsonl, samples_{gaussian,noise,buffer}.{png,npz}, results.json to --out.
-The same command resumes after the last finished epoch; a finished run samples again, with other
-sampling flags too. log.jsonl holds the pieces of the loss, means over the updates; E(x) of 250
-clean train images as e_clean; and every five epochs the PGD-20 accuracy on those 250, because
-training can overfit to a one-step attack. results.json holds the flatness of the energy and, for
-each sampler, quantiles of E(x). Chains are not clamped, the images in files are. JEM-like training
-diverges now and then: the run stops at the epoch's end and says how to go on.
+  Controls: what the attack does, and what the negatives do
+  python jeat.py --attack-steps 0 --out runs/jeat-unattacked             negatives, no attack
+  python jeat.py --method at --attack-steps 0 --out runs/jeat-plain      neither: cross-entropy
+  JEM's noise of 0.015 on the train images is in all of them; --input-noise 0 leaves it out
+
+Writes to --out: checkpoint.pt; log.jsonl, a line an epoch; for each sampler a set of samples,
+samples_{gaussian,noise,buffer}.{png,npz}, named by the sampling flags that are not at their
+defaults (samples_gaussian_start-pooled_steps-25.png); results.json, with the accuracy, the flatness
+of the energy, and a row for each set with quantiles of E(x). The same command resumes after the
+last finished epoch, draws what is not there yet, and leaves the rest (a --smoke without --out
+begins afresh). More epochs make the rows of results.json void. log.jsonl holds the pieces of the
+loss, means over the updates; E(x) of 250 clean train images as e_clean; and every five epochs the
+PGD-20 accuracy on those 250, because training can overfit to a one-step attack. Chains are not
+clamped, the images in files are. JEM-like training diverges now and then: the run stops at the
+epoch's end and says how to go on.
 
 Sources of the defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the
 code of Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading; [ours]
@@ -32,25 +39,25 @@ noisy images are clamped to [0, 1], where the attack's start must be; on CUDA, b
 float32).
 """
 import argparse
+import hashlib
+import io
 import json
 import math
 import os
-import shutil
-import socket
+import re
+import shlex
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torchvision.datasets import CIFAR10
 
-from samplers import (ReplayBuffer, accuracy, ascend, at_least_float32, check_labels, crop_flip,
-                      cross_entropy, eval_mode, joint_energy_score, log_p_x, log_p_x_given_y,
-                      save_samples, sgld, starts, take, to_float, to_uint8)
+from samplers import (Refused, ReplayBuffer, accuracy, ascend, at_least_float32, check_labels,
+                      claimed, crop_flip, cross_entropy, eval_mode, joint_energy_score, load_data,
+                      log_p_x, log_p_x_given_y, one_line, progress, save_samples, say,
+                      say_how_long, sgld, starts, take, to_float, to_uint8, write)
 
 
 # ================================================================ the method
@@ -100,7 +107,7 @@ SAMPLERS = {  # the scores; the starts are in `run`
 def sample(f, sampler, start, args):
     """--num-samples images uint8 [N, 3, 32, 32], the classes in turn, their labels [N], and their
     energies E(x) [N] before the clamp. start: a function from the images' numbers to x_0."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.sample_seed)
     numbers = torch.arange(args.num_samples, device=args.device)
     images, energies = [], []
     for batch in progress(numbers.split(args.sample_batch_size), sampler):
@@ -137,29 +144,23 @@ def parse_args(argv=None):
         help="[secondary]; at: 10 [assumed]; 0: no attack, the control")
     add("--attack-step-size", type=number,
         help="pixels in [0, 1]; None: --attack-eps [secondary], at: a quarter of it [assumed]")
+    add("--input-noise", type=number, default=0.015,
+        help="standard deviation, on train images in [0, 1] [JEM]")
     add("--sgld-steps", type=positive, default=20, help="K of the negatives [JEM]")
     add("--buffer-size", type=positive, default=10000, help="chains, at least a batch [JEM]")
-    add("--seed", type=count, default=0, help="of weights, data order, attacks, chains and samples")
+    add("--seed", type=count, default=0, help="of weights, data order, attacks and chains")
     add("--limit", type=positive, default=50000, help="at most so many images of each set")
     add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
 
-    running = argparse.ArgumentParser(add_help=False)
-    add = running.add_argument_group("running; these may change").add_argument
-    add("--small", action="store_true", help="other defaults, for CIFAR-10 on a CPU")
-    add("--epochs", type=positive, default=200, help="[JEM]")
-    add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
-    add("--out", default="runs/jeat", help="folder of the run")
-    add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
-    add("--amp", default=True, action=argparse.BooleanOptionalAction, help="bfloat16, on CUDA")
-    add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
-    add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
-        help="buffer: of --method jeat only")
+    sampling = argparse.ArgumentParser(add_help=False)
+    add = sampling.add_argument_group("sampling; a set of samples belongs to these").add_argument
     add("--start", default="class", metavar="KIND",
         help="of gaussian. class: a Gaussian of each [secondary]; pooled: one of all [ours]; "
              "fields: random colours [ours]; cifar100, svhn or a .npy: images [ours]")
-    add("--seed-split", default="train", choices=("train", "test"),
+    add("--start-split", default="train", choices=("train", "test"),
         help="the Gaussians' images [ours, so that no test image enters]")
     add("--num-samples", type=positive, default=50000, help="of each sampler [assumed]")
+    add("--sample-seed", type=count, default=0, help="of starts and noise: another set of samples")
     add("--sample-steps", type=count, default=100, help="[assumed]")
     add("--sample-step-size", type=number, default=0.25, help="of the raw gradient [JEM]")
     add("--sample-eps", type=radius, default=math.inf, help="radius around the start [secondary]")
@@ -167,6 +168,19 @@ def parse_args(argv=None):
         help="none: the raw gradient [secondary]")
     add("--sample-noise", type=number, default=0.005, help="standard deviation per step [JEM]")
     add("--sample-batch-size", type=positive, default=500, help="images moved together")
+
+    running = argparse.ArgumentParser(add_help=False)
+    add = running.add_argument_group("running; these may change").add_argument
+    add("--small", action="store_true", help="other defaults, for CIFAR-10 on a CPU")
+    add("--epochs", type=positive, default=200, help="[JEM]")
+    add("--data", type=os.path.expanduser, default="./data",
+        help="folder of cifar-10-batches-py, downloaded if absent")
+    add("--out", type=os.path.expanduser, default="runs/jeat", help="folder of the run")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; None: on CUDA")
+    add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
+    add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
+        help="buffer: of --method jeat only")
 
     no_buffer = dict(sampler=["gaussian", "noise"])
     small = dict(
@@ -177,7 +191,7 @@ def parse_args(argv=None):
         out="runs/jeat-smoke", arch="small-24", epochs=5, batch_size=32, lr=3e-3,
         lr_drops=[0.5, 0.8], sgld_steps=4, buffer_size=300, sample_steps=40, num_samples=100)
     # pairs: where all flags of the left are given, the defaults of the right; later ones win
-    args = read_flags(training, running, argv, [
+    args = read_flags((training, sampling, running), argv, [
         ({"method": "prejeat"}, no_buffer), ({"method": "at"}, no_buffer | dict(attack_steps=10)),
         ({"small": True}, small), ({"smoke": True}, smoke)])
     if args.attack_step_size is None:
@@ -257,16 +271,16 @@ def train(f, buffer, x_train, y_train, args):
     for epoch in range(done, args.epochs):
         try:
             figures = train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args)
-        except ValueError as e:  # a NaN in an attack or a chain; too large a loss
+        except Refused as e:  # a NaN in an attack or a chain; too large a loss
             keeps = f"--epochs {epoch} samples from the last checkpoint; " if epoch > 0 else ""
-            raise ValueError(f"training diverged in epoch {epoch + 1} ({e}): {keeps}a smaller --lr "
-                             "or another --seed needs another --out") from e
+            raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}a smaller --lr "
+                          "or another --seed needs another --out") from e
         log(args, epoch=epoch + 1, **figures)
         save_checkpoint(args, epoch + 1, **parts)
 
 
 def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
-    """One pass over the images -> its figures. ValueError: it diverged."""
+    """One pass over the images -> its figures. Refused: it diverged."""
     # prejeat is jeat without a buffer
     score = cross_entropy if args.method == "at" else joint_energy_score
     attack = dict(steps=args.attack_steps, step_size=args.attack_step_size, eps=args.attack_eps,
@@ -280,7 +294,7 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
         x, y = to_float(x_train[batch]), y_train[batch]
         if not args.smoke:  # digits have a direction
             x = crop_flip(x, mode="reflect")  # [JEM]
-        x = (x + 0.015 * torch.randn_like(x)).clamp(0, 1)  # noise [JEM], clamp [assumed]
+        x = (x + args.input_noise * torch.randn_like(x)).clamp(0, 1)  # clamp [assumed]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             loss, pieces = jeat_loss(f, x, y, buffer, score, args.sgld_steps, **attack)
         optimizer.zero_grad()
@@ -294,7 +308,7 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
         e_clean = energy(f(x)).mean()
     largest = torch.cat([values.flatten(), e_clean[None]]).abs().max().item()
     if math.isnan(largest) or largest > 1e8:
-        raise ValueError(f"a loss or an energy of size {largest:.3g}")
+        raise Refused(f"a loss or an energy of size {largest:.3g}")
     names = ("loss", "ce", "e_adv", "e_k")[:values.shape[1]]  # no e_k without a buffer
     figures = dict(zip(names, values.mean(0).tolist()))
     figures["e_clean"] = e_clean.item()
@@ -337,172 +351,172 @@ def quantiles(e):
     return e.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=e.device)).tolist()
 
 
+def evaluate(f, x, y, args):
+    """Accuracy of images x, uint8 [N, 3, 32, 32], labels y [N], clean and under PGD-20."""
+    return {"n": len(x), "clean": accuracy(f, x, y),
+            "pgd20": accuracy(f, x, y, cross_entropy, **pgd20(args))}
+
+
 def run(args):
     if args.method != "jeat" and "buffer" in args.sampler:
-        raise ValueError(f"--sampler buffer: --method {args.method} has no replay buffer")
+        raise Refused(f"--sampler buffer: --method {args.method} has no replay buffer")
     if args.method == "jeat" and args.buffer_size < args.batch_size:
-        raise ValueError(f"--buffer-size {args.buffer_size} is below --batch-size")
+        raise Refused(f"--buffer-size {args.buffer_size} is below --batch-size")
     x_train, y_train, x_test, y_test = load_data(args)
-    split = (x_test, y_test) if args.seed_split == "test" else (x_train, y_train)
+    split = (x_test, y_test) if args.start_split == "test" else (x_train, y_train)
     draw_start = None
     if "gaussian" in args.sampler:
         draw_start = starts(args.start, *split, root=args.data)
     torch.manual_seed(args.seed)
     f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     buffer = None
+    forwards = 2 * args.attack_steps + 3
     if args.method == "jeat":
         buffer = ReplayBuffer(args.buffer_size, (3, 32, 32), device=args.device)
+        forwards += 2 * args.sgld_steps + 3
+    say_how_long(args, f, forwards * len(x_train))
     train(f, buffer, x_train, y_train, args)
 
+    results = load_results(args)
     x_test, y_test = x_test[:args.test_images], y_test[:args.test_images]
-    print(f"accuracy of {len(x_test)} test images, clean and under PGD-20 ...")
-    robustness = {"n": len(x_test), "clean": accuracy(f, x_test, y_test),
-                  "pgd20": accuracy(f, x_test, y_test, cross_entropy, **pgd20(args))}
-    print(robustness)
-    flat = flatness(f, to_float(x_test[:100]), y_test[:100], args)
+    if results.get("accuracy", {"n": 0})["n"] < len(x_test):
+        say(f"accuracy of {len(x_test)} test images, clean and under PGD-20 ...")
+        results["accuracy"] = evaluate(f, x_test, y_test, args)
+        save_results(args, results)
+    say(f"accuracy: {results['accuracy']}")
+    if "flatness" not in results:
+        results["flatness"] = flatness(f, to_float(x_test[:100]), y_test[:100], args)
+        save_results(args, results)
     start = {
         "gaussian": lambda i: draw_start(i % 10),
         "noise": lambda i: torch.rand(len(i), 3, 32, 32, device=i.device),
         "buffer": lambda i: buffer.x[i % len(buffer.x)],  # its chains in turn
     }
-    samples = {}
-    for name in args.sampler:
-        images, labels, energies = sample(f, name, start[name], args)
-        labels = None if name == "buffer" else labels
-        save_samples(f"{args.out}/samples_{name}", images, labels)
-        samples[name] = {"n": len(images), "e_x": quantiles(energies)}
-    if "buffer" in samples:
-        samples["buffer"]["chains"] = len(buffer.x)  # fewer than n: each is continued several times
-    return {"accuracy": robustness, "flatness": flat, "samples": scored(args, samples)}
+    names = []
+    for sampler in args.sampler:
+        unused = () if sampler == "gaussian" else ("start", "start_split")
+        name, made_with = set_of_samples(args, sampler, *unused)
+        if name not in results["samples"]:
+            images, labels, energies = sample(f, sampler, start[sampler], args)
+            row = {"n": len(images), "e_x": quantiles(energies), "flags": made_with}
+            if sampler == "buffer":
+                labels = None
+                row["chains"] = len(buffer.x)  # fewer than n: each is continued several times
+            save_samples(f"{args.out}/samples_{name}", images, labels)
+            results["samples"][name] = row
+            save_results(args, results)
+        names.append(name)
+    score(args, results, names)
 
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
-def draw(n, seed):
-    """n drawn images, uint8 [n, 3, 32, 32], of the digits in turn, and their labels [n]."""
-    random, images = np.random.default_rng(seed), []
-    for i in range(n):
-        light, dark = random.integers(128, 256, 3), random.integers(0, 100, 3)
-        # light on dark or dark on light, so that no single pixel tells the digits apart
-        paper, ink = random.permutation([light, dark]).tolist()
-        image = Image.new("RGB", (32, 32), tuple(paper))
-        font, centre = ImageFont.load_default(random.integers(24, 34)), random.integers(12, 21, 2)
-        ImageDraw.Draw(image).text(tuple(centre.tolist()), str(i % 10), tuple(ink), font,
-                                   anchor="mm", stroke_width=1)
-        images.append(np.asarray(image))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.arange(n) % 10
-
-
-def load_data(args):
-    """x_train, y_train, x_test, y_test on the device: uint8 [N, 3, 32, 32] and int64 [N]."""
-    if args.smoke:
-        tensors = [*draw(2000, seed=0), *draw(250, seed=1)]
-    else:
-        tensors = []
-        for train in (True, False):
-            try:
-                images = CIFAR10(args.data, train, download=True)
-            except Exception as e:  # no network, a damaged file: torchvision raises a dozen kinds
-                raise OSError(f"no whole cifar-10-batches-py in --data {args.data}, and no "
-                              f"download ({e}); --smoke needs no data") from e
-            tensors.append(torch.tensor(images.data).permute(0, 3, 1, 2))
-            tensors.append(torch.tensor(images.targets))
-    return [t[:args.limit].contiguous().to(args.device) for t in tensors]
-
-
-def progress(batches, what):
-    """Yield the batches, and print how far it is, how fast, and how long it will still take."""
-    begun, done, total = time.time(), 0, sum(map(len, batches))
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        rate = done / (time.time() - begun)
-        line = f"{what}: {done}/{total} images, {rate:.0f}/s, {(total - done) / rate:.0f} s left"
-        if done == total:
-            print(line, flush=True)
-        elif sys.stdout.isatty():  # there it rewrites itself
-            print(line, end="\x1b[K\r", flush=True)
-
-
-def log(args, **figures):
-    """Print an epoch's figures, and add them to log.jsonl. ValueError: one is not finite."""
+def log(args, epoch, **figures):
+    """Print an epoch's figures; they become line `epoch` of log.jsonl. Refused: one is not finite.
+    """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise ValueError(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
-    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
-    with open(f"{args.out}/log.jsonl", "a") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures}) + "\n")
+        raise Refused(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
+    figures = {"epoch": epoch, **figures}
+    say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
+    # a run killed between an epoch's line and its checkpoint has this line already
+    lines = path.read_text().splitlines()[:epoch - 1] if path.exists() else []
+    write(path, "\n".join([*lines, json.dumps({"time": now, **figures}), ""]).encode())
 
 
 def save_checkpoint(args, epoch, **parts):
-    """Replace --out's checkpoint by the state of the parts, unless the model has diverged."""
+    """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise ValueError(f"training diverged; {args.out} keeps its last checkpoint")
-    state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, training_flags(args)
+        raise Refused(f"training diverged; {args.out} keeps its last checkpoint")
+    state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, flags(args, args.training)
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state() if args.device == "cuda" else None
-    torch.save(state, f"{args.out}/checkpoint.tmp")
-    os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
+    content = io.BytesIO()
+    torch.save(state, content)
+    write(Path(args.out, "checkpoint.pt"), content.getbuffer())
 
 
 def resume(args, **parts):
     """Put the parts and the random numbers where --out's checkpoint left them -> epochs done."""
     path = Path(args.out, "checkpoint.pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        print(f"{args.out}: begins; {args.arch} on {args.device}")
+        say(f"{args.out}: begins; {args.arch} on {args.device}")
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         done, planned, theirs = state["epoch"], state["epochs"], state["flags"]
     except Exception as e:  # torch.load raises a dozen kinds
-        raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
-    mine = training_flags(args)
-    other = [f"{flag} was {theirs.get(flag)}, is {mine.get(flag)}" for flag in {**theirs, **mine}
-             if theirs.get(flag) != mine.get(flag)]
+        raise Refused(f"{path} cannot be used ({one_line(e)})") from e
+    mine = flags(args, args.training)
+    other = [f"{typed(flag)} was {theirs.get(flag)}, is {mine.get(flag)}"
+             for flag in {**theirs, **mine} if theirs.get(flag) != mine.get(flag)]
     if other:
-        raise ValueError(f"{path} is of another training ({', '.join(other)}): name another --out")
+        raise Refused(f"{path} is of another training ({', '.join(other)}): name another --out")
     if args.epochs < done:
-        raise ValueError(f"{path}: {done} epochs are done, --epochs cannot be fewer")
+        raise Refused(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        print(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        if args.device == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-    except (KeyError, RuntimeError) as e:
-        raise ValueError(f"{path} is damaged or foreign ({type(e).__name__})") from e
-    print(f"{args.out}: {done} of {args.epochs} epochs are done")
+        say(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["rng"])
+    if args.device == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    say(f"{args.out}: {done} of {args.epochs} epochs are done")
     return done
 
 
-def training_flags(args):
-    flags = {name: getattr(args, name) for name in args.training_names}
-    return {"script": Path(__file__).stem, **flags}
+def load_results(args):
+    """What results.json holds of the present checkpoint; nothing, where it is of an earlier one."""
+    checkpoint = hashlib.sha256(Path(args.out, "checkpoint.pt").read_bytes()).hexdigest()
+    path = Path(args.out, "results.json")
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("checkpoint") != checkpoint:
+        results = {"checkpoint": checkpoint, "epochs": args.epochs, "samples": {}}
+        results["training"] = flags(args, args.training)
+        results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    there = {path.name for path in path.parent.glob("samples_*.npz")}
+    rows = results["samples"].items()
+    results["samples"] = {name: row for name, row in rows if f"samples_{name}.npz" in there}
+    return results
 
 
-def scored(args, samples):
-    """The rows {name: dict} of samples with IS and FID, or with null and the reason."""
-    files = [f"{args.out}/samples_{name}.npz" for name in samples]
-    scores = [{"is_mean": None, "is_std": None, "fid": None} for _ in files]
-    reason = None
-    if args.smoke:
-        reason = "IS and FID are not for digits"
-    elif args.device == "cpu":
-        reason = f"hours on a CPU: python metrics.py {' '.join(files)} --data {args.data}"
-    else:
-        try:
-            import metrics
-            scores = metrics.score(files, args.data, device=args.device)
-        except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights; out of memory
-            reason = " ".join(str(e).split())
-    if reason is not None:
-        print(f"no IS and FID ({reason})")
-    return {name: {**samples[name], **row, "reason": reason} for name, row in zip(samples, scores)}
+def save_results(args, results):
+    text = json.dumps(results, indent=2, allow_nan=False)
+    write(Path(args.out, "results.json"), text.encode())
+
+
+def set_of_samples(args, sampler, *unused):
+    """A set's name: the sampler, and each sampling flag that is not at its default; and its flags.
+    unused: flags that this sampler does not read."""
+    made_with = flags(args, [flag for flag in args.sampling if flag not in unused])
+    changed = [f"{typed(flag)[2:].removeprefix('sample-')}-{value}"
+               for flag, value in made_with.items() if getattr(args, flag) != args.defaults[flag]]
+    return re.sub(r"[^\w.-]", "-", "_".join([sampler, *changed])), made_with
+
+
+def score(args, results, names):
+    """IS and FID of these sets, or the reason why there are none, into their rows."""
+    files = [f"{args.out}/samples_{name}.npz" for name in names]
+    for name, file in zip(names, files):
+        row = results["samples"][name]
+        row.setdefault("fid", None)
+        if args.smoke:
+            row["reason"] = "digits have no IS and FID"
+        elif args.device == "cpu":
+            row["reason"] = "IS and FID take hours on a CPU"
+        elif row["fid"] is None:
+            try:
+                from metrics import score as inception_scores
+                row.update(inception_scores([file], args.data, device=args.device)[0], reason=None)
+            except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights, no memory
+                row["reason"] = one_line(e)
+        save_results(args, results)
+        say(f"{name}: { {key: value for key, value in row.items() if key != 'flags'} }")
+    if not args.smoke:
+        say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
 
 
 def in_range(kind, low, high=math.inf):
@@ -515,30 +529,51 @@ def in_range(kind, low, high=math.inf):
     return parse
 
 
-count = in_range(int, 0, 2 ** 63 - 1)
-positive = in_range(int, 1, 2 ** 63 - 1)
-number = in_range(float, 0, sys.float_info.max)  # finite
-radius = in_range(float, 0)
-fraction = in_range(float, 0, 1)
+count, positive, radius = in_range(int, 0), in_range(int, 1), in_range(float, 0)
+number, fraction = in_range(float, 0, 1e9), in_range(float, 0, 1)  # finite
 
 
-def read_flags(training, running, argv, presets):
-    """The arguments. presets: pairs (flags, defaults); where all the flags are as given there, the
-    defaults take the place of the parser's. Later pairs win over earlier ones."""
-    parser = argparse.ArgumentParser(description=__doc__, parents=[training, running],
-                                     formatter_class=HelpFormatter, allow_abbrev=False,
-                                     add_help=False)
+def typed(flag):
+    return "--" + flag.replace("_", "-")
+
+
+def flags(args, names):
+    """For a file: strict JSON has no infinity."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: "inf" if value == math.inf else value for name, value in values.items()}
+
+
+def read_flags(groups, argv, presets):
+    """The arguments of three parsers, training, sampling and running. presets: pairs (flags,
+    defaults); where all the flags are as given there, the defaults take the place of the parsers'.
+    Later pairs win over earlier ones."""
+    parser = argparse.ArgumentParser(description=__doc__, parents=groups, allow_abbrev=False,
+                                     formatter_class=HelpFormatter, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
+                        help="with the defaults of the presets that are given")
     parser.error = stop
-    given = vars(parser.parse_known_args(argv)[0])
-    if given["smoke"] and given["small"]:
+    training, sampling, running = [vars(group.parse_args([])) for group in groups]
+    defaults = {**training, **sampling, **running}
+    nothing = argparse.Namespace(**dict.fromkeys(defaults, None))
+    given = {k: v for k, v in vars(parser.parse_args(argv, nothing)).items() if v is not None}
+    for wanted, others in presets:
+        if all(given.get(flag, defaults[flag]) == value for flag, value in wanted.items()):
+            defaults.update(others)
+    if "help" in given:
+        parser.set_defaults(**defaults)
+        parser.exit(message=parser.format_help())
+    if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
-    for flags, defaults in presets:
-        if all(given[flag] == value for flag, value in flags.items()):
-            parser.set_defaults(**defaults)
-    parser.add_argument("-h", "--help", action="help", help="shows the presets' defaults, too")
-    args = parser.parse_args(argv)  # again, with the presets' defaults; what is given wins
-    args.amp = args.amp and args.device == "cuda"
-    args.training_names = list(vars(training.parse_args([])))  # a checkpoint belongs to these
+    for norm, *lengths in (("norm", "attack_eps", "attack_step_size"),
+                           ("sample_norm", "sample_step_size")):
+        missing = [typed(n) for n in lengths if n not in given and defaults[n] is not None]
+        if given.get(norm, defaults[norm]) != defaults[norm] and missing:
+            parser.error(f"another {typed(norm)} has other lengths: give {', '.join(missing)}, too")
+    args = argparse.Namespace(**{**defaults, **given})
+    args.training, args.sampling, args.defaults = training, sampling, defaults
+    args.afresh = args.smoke and "out" not in given
+    if args.amp is None:
+        args.amp = args.device == "cuda"
     return args
 
 
@@ -548,36 +583,25 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def stop(message, code=2):
     """One line on stderr, and the end."""
-    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)
 
 
 def main(argv=None):
-    args, begun = parse_args(argv), time.time()
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+    args, benchmark = parse_args(argv), torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
-    socket.setdefaulttimeout(10)  # a silent download ends
-    if args.smoke and args.out == f"runs/{Path(__file__).stem}-smoke":  # begun afresh each time
-        shutil.rmtree(args.out, ignore_errors=True)
     try:
-        figures = run(args)
-        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        flags = {k: "inf" if v == math.inf else v for k, v in vars(args).items()}  # strict JSON
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        results = {"args": flags, "versions": versions, "device": device,
-                   "seconds": time.time() - begun, **figures}
-        text = json.dumps(results, indent=2, allow_nan=False)
-        Path(args.out, "results.json").write_text(text)
+        with claimed(args.out, args.afresh):
+            run(args)
     except KeyboardInterrupt:
-        stop("interrupted; the same command resumes after the last epoch (--smoke: only with an "
-             "--out of its own)", code=130)
-    except (OSError, ValueError) as e:
+        stop("interrupted; " + ("--smoke begins afresh, unless --out is given" if args.afresh else
+                                "the same command goes on after the last epoch"), code=130)
+    except (Refused, OSError) as e:
         stop(e)
-    except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors
-        words = "out of memory", "allocate memory"
-        if isinstance(e, RuntimeError) and not any(word in str(e) for word in words):
-            raise
+    except (MemoryError, torch.OutOfMemoryError) as e:
         stop(f"out of memory: try a smaller --batch-size or --sample-batch-size ({e})")
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
 
 
 if __name__ == "__main__":
