@@ -1,29 +1,23 @@
-"""Runs of the scripts and the judge, shared by the tests of a session. The judge and the unattacked twins live here:
+"""Runs of the scripts and the judge of digits, shared by the tests of a session. The judge and the controls live here:
 they are controls of the claims, no part of the methods."""
-import importlib
-import io
-import multiprocessing
 import os
 import subprocess
 import sys
-import warnings
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one core for the tests, one for the smoke runs
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
-
-import cem_sup  # noqa: E402
-from samplers import to_float  # noqa: E402
+import cem_sup
+import samplers
+from samplers import drawn_digits, to_float
 
 ROOT = Path(__file__).resolve().parent.parent
+DRAW = cache(drawn_digits)  # each set is drawn once a session
 
 
 def pytest_runtest_setup(item):
@@ -31,6 +25,11 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("data") and "CIFAR10_ROOT" not in os.environ:
         pytest.skip("needs the real CIFAR-10: set CIFAR10_ROOT")
+
+
+@pytest.fixture(autouse=True)
+def digits_are_drawn_once(monkeypatch):
+    monkeypatch.setattr(samplers, "drawn_digits", DRAW)
 
 
 def run_script(name, *flags, cwd=ROOT, env=None, check=True):
@@ -83,7 +82,7 @@ def train_judge(seed=100, epochs=8):
     noise, contrast, brightness, blur and stripes. Without the eleventh, any texture has to be a digit, and those of
     unattacked nets are taken for the digit asked for."""
     torch.manual_seed(seed)
-    f, (x, y) = cem_sup.make_model("small-16").train(), cem_sup.draw(4000, seed)
+    f, (x, y) = cem_sup.make_model("small-16").train(), DRAW(4000, seed)
     f.net[-1] = nn.Linear(f.net[-1].in_features, 11)
     optimizer = torch.optim.SGD(f.parameters(), 0.1, 0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * 63)
@@ -111,54 +110,24 @@ def judge():
     return train_judge(epochs=4)
 
 
-# Smoke runs with few samples and, but for jeat, half of the training that README's tables are of. Twins and the
-# control: the same net, data and updates without the attack.
-SMOKES = {
-    "cem_sup_smoke": "cem_sup --epochs 5 --test-images 100",
-    "cem_sup_twin": "cem_sup --epochs 5 --test-images 100 --attack-steps 0 --sampler ta --sample-steps 0",
-    "cem_unsup_smoke": "cem_unsup --epochs 3",
-    "cem_unsup_twin": "cem_unsup --epochs 3 --attack-steps 0 --sampler maxent --start pooled --sample-steps 0",
-    "jeat_smoke": "jeat --seed 1 --test-images 60",
-    "jeat_twin": "jeat --seed 1 --test-images 60 --method at --attack-steps 0 --sampler noise --sample-steps 0",
-    "binary_at_ebm_smoke": "binary_at_ebm --epochs 16",
-    "binary_at_ebm_control": "binary_at_ebm --epochs 16 --attack-steps 0 --sampler ascent --ood-sets"}
-DRAW = cache(cem_sup.draw)
+def smoke_run(flags):
+    """A fixture: the folder and the standard output of `python NAME.py --smoke ...`, with few samples."""
+    @pytest.fixture(scope="session")
+    def run(tmp_path_factory):
+        name, *others = flags.split()
+        out = tmp_path_factory.mktemp(name) / "run"
+        done = run_script(name, "--smoke", "--num-samples", 20, "--out", out, *others)
+        return SimpleNamespace(out=out, stdout=done.stdout)
+    return run
 
 
-def smoke(command, out):
-    """A finished smoke run: its folder and its standard output."""
-    name, *flags = command.split()
-    script, stdout = importlib.import_module(name), io.StringIO()
-    script.draw = DRAW
-    with redirect_stdout(stdout), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        script.main([*flags, "--smoke", "--num-samples", "20", "--out", str(out)])
-    return SimpleNamespace(out=out, stdout=stdout.getvalue())
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """The tests that wait for smoke runs are slow, and come last: meanwhile these go on beside the others."""
-    for item in items:
-        if not SMOKES.keys().isdisjoint(item.fixturenames):
-            item.add_marker("slow")
-    items.sort(key=lambda item: not SMOKES.keys().isdisjoint(item.fixturenames))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def smoke_runs(request, tmp_path_factory):
-    """The smoke runs that the session's tests need, by name: futures of a second process, which does one at a time."""
-    needed = dict.fromkeys(n for item in request.session.items for n in item.fixturenames if n in SMOKES)
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    yield {name: pool.submit(smoke, SMOKES[name], tmp_path_factory.mktemp(name) / "run") for name in needed}
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in multiprocessing.active_children():
-        process.terminate()
-
-
-def finished(name):
-    return pytest.fixture(scope="session", name=name)(lambda smoke_runs: smoke_runs[name].result())
-
-
-for _name in SMOKES:
-    globals()[_name] = finished(_name)
+# But for jeat, half of the training that RESULTS.md's tables are of. Controls: the same net, data and updates without
+# the attack; jeat's lacks the negatives, too.
+cem_sup_smoke = smoke_run("cem_sup --epochs 5 --test-images 100")
+cem_sup_control = smoke_run("cem_sup --epochs 5 --test-images 100 --attack-steps 0 --sampler ta --sample-steps 0")
+cem_unsup_smoke = smoke_run("cem_unsup --epochs 3")
+cem_unsup_control = smoke_run("cem_unsup --epochs 3 --attack-steps 0 --sampler maxent --start pooled --sample-steps 0")
+jeat_smoke = smoke_run("jeat --seed 1 --test-images 60")
+jeat_control = smoke_run("jeat --seed 1 --test-images 60 --method at --attack-steps 0 --sampler noise --sample-steps 0")
+binary_at_ebm_smoke = smoke_run("binary_at_ebm --epochs 16")
+binary_at_ebm_control = smoke_run("binary_at_ebm --epochs 16 --attack-steps 0 --sampler ascent --ood-sets")
