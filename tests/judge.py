@@ -1,29 +1,41 @@
-"""CIFAR-10 samples judged by two public classifiers: classifier scores, NEVER IS or FID.
+"""CIFAR-10 samples judged by other classifiers: classifier scores, NEVER IS or FID.
 
-    python tests/judge.py --data DIR --weights DIR SAMPLES.npz ... [--json]
+    python tests/judge.py --data DIR SAMPLES.npz ... [--robust small-32|resnet18-half]
+                          [--limit N] [--weights DIR] [--json]
 
-prints a line per file; the word test in a file's place means the 10,000 real test images. SAMPLES
-holds arr_0, uint8 [N, 32, 32, 3] with N >= 10, and arr_1, labels [N], if made for classes.
+prints a line per file; the word test in a file's place means the real test images. SAMPLES holds
+arr_0, uint8 [N, 32, 32, 3] with N >= 10, and arr_1, labels [N], if made for classes.
 
-  acc56, acc32  share that ResNet-56 and ResNet-32 put into the class asked for. Noise-like samples
-                can fool one net, seldom both: so quote both
+By a net of cem_sup that was trained adversarially, its weights in .github/weights:
+
+  share         of the samples that it puts into the class asked for
+  distance      Frechet distance in its pooled features, those before the last layer, to the first
+                20,000 train images; grows as N falls: compare at equal N, by the same judge
+  counts        how many samples it puts into each class
+
+Never judge a net by itself or by its own weights' other epochs, nor a net that began with them:
+samples of the net in cem_sup_small-32.pt are judged by resnet18-half, all others by small-32.
+
+With --weights also by two public nets, trained without attack (test accuracy 0.93). They are fooled
+by nets trained like them: where the eye and the first judge see noise, they see every class. DIR
+holds resnet56-4bfd9763.th and resnet32-d509ac18.th (their sha256 stand below) of
+https://github.com/akamaster/pytorch_resnet_cifar10/tree/master/pretrained_models
+
+  acc56, acc32  share that ResNet-56 and ResNet-32 put into the class asked for
   cis           Inception Score's formula over the ten classes, in 1..10: p(y|x) is the mean of
                 both nets', 5 splits
-  cfd           Frechet distance in ResNet-56's 64 pooled features to the first 20,000 train images
+  cfd           as distance, in ResNet-56's 64 features
   diversity     mean distance of those features between two samples made for the same class
                 (at most 1,000 of each), then over the classes; 0: a class is one image
-  hit, counts   how many classes ResNet-56 sees, and how many samples in each
 
-The nets were trained without attack (test accuracy 0.93). DIR of --data holds cifar-10-batches-py,
-DIR of --weights resnet56-4bfd9763.th and resnet32-d509ac18.th (their sha256 stand below) of
-https://github.com/akamaster/pytorch_resnet_cifar10/tree/master/pretrained_models
+DIR of --data holds cifar-10-batches-py; the train images' statistics are kept beside it.
 """
 import argparse
 import hashlib
 import json
 import os
 import sys
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +44,41 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.datasets import CIFAR10
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import cem_sup  # noqa: E402
 import metrics  # noqa: E402
 
+ROBUST = {"small-32": "cem_sup_small-32.pt", "resnet18-half": "cem_sup_small.pt"}
 SHA256 = {
     "resnet56-4bfd9763.th": "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
     "resnet32-d509ac18.th": "d509ac1820d7f25398913559d7e81a13229b1e7adc5648e3bfa5e22dc137f850",
 }
+
+
+class Robust(nn.Module):
+    """A net f of cem_sup, taken apart before its last layer."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.linear = f.net[-1]
+        f.net[-1] = nn.Identity()
+        self.pooled = f
+
+    def forward(self, x):
+        """uint8 [B, 3, 32, 32], on any device -> features [B, D] and logits [B, 10]."""
+        features = self.pooled(x.to(self.linear.weight) / 255)
+        return features, self.linear(features)
+
+
+def load_robust(arch):
+    """cem_sup's net with the repository's weights, in eval mode. OSError: they are not there."""
+    path = ROOT / ".github" / "weights" / ROBUST[arch]
+    f = cem_sup.make_model(arch)
+    f.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    net = Robust(f)
+    net.weights_hash = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    return net.eval()
 
 
 class Block(nn.Module):
@@ -91,6 +131,7 @@ def load_net(folder, name, layers):
     state = torch.load(Path(folder, name), map_location="cpu", weights_only=True)["state_dict"]
     net = ResNet(layers)
     net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    net.weights_hash = SHA256[name][:8]
     return net.eval()
 
 
@@ -116,34 +157,65 @@ def load_samples(path, data):
     return images, torch.from_numpy(labels.astype(np.int64))
 
 
-def train_statistics(net56, data):
-    """mu [64], sigma [64, 64] of the first 20,000 train images; kept, as a CPU needs minutes."""
-    kept = Path(tempfile.gettempdir(), "judge-cifar10-train-20000-resnet56-4bfd9763.npz")
+def train_statistics(net, data):
+    """mu [D], sigma [D, D] of net's features of the first 20,000 train images. Kept in the folder
+    data, for a CPU needs minutes; one that is damaged, or cannot be kept, costs only those."""
+    kept = Path(data, f"cifar10-train-20000-{net.weights_hash}.npz")
     if kept.exists():
-        arrays = metrics.read_npz(kept, ["mu", "sigma"])
-        return arrays["mu"], arrays["sigma"]
+        try:
+            return read_statistics(kept, net.linear.in_features)
+        except ValueError as e:
+            print(f"judge.py: {e}: computed anew", file=sys.stderr)
     images = torch.from_numpy(cifar10(data, train=True).data[:20000]).permute(0, 3, 1, 2)
-    features, _ = metrics.extract_features(images, net56, label="CIFAR-10 train")
+    features, _ = metrics.extract_features(images, net, label="CIFAR-10 train")
     mu, sigma = metrics.gaussian_statistics(features.cpu())
-    unfinished = kept.with_suffix(f".{os.getpid()}.npz")
-    np.savez(unfinished, mu=mu.numpy(), sigma=sigma.numpy())
-    os.replace(unfinished, kept)
+    unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, mu=mu.numpy(), sigma=sigma.numpy())
+        os.replace(unfinished, kept)
+    except OSError as e:
+        print(f"judge.py: {kept} is not kept: {e}", file=sys.stderr)
+        with suppress(OSError):
+            unfinished.unlink()
     return mu, sigma
 
 
-def judge(images, labels, net56, net32, reference):
-    """The docstring's figures, of uint8 [N, 3, 32, 32] and labels [N] or None, as a dict.
+def read_statistics(path, d):
+    """mu [d], sigma [d, d]. ValueError: not readable, of another shape, or not finite."""
+    arrays = metrics.read_npz(path, ["mu", "sigma"])
+    try:
+        mu, sigma = metrics.as_gaussian(arrays["mu"], arrays["sigma"])
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    if len(mu) != d:
+        raise ValueError(f"{path}: of {len(mu)} features, not {d}")
+    return mu, sigma
 
-    reference: mu [64] and sigma [64, 64].
+
+def judge(images, labels, net, reference):
+    """The robust judge's figures of uint8 [N, 3, 32, 32] and labels [N] or None, as a dict.
+
+    reference: mu [D] and sigma [D, D]. Without labels no share.
     """
+    features, logits = metrics.extract_features(images, net, label="robust judge")
+    seen = logits.argmax(1).cpu()
+    figures = {
+        "distance": metrics.frechet_distance(*metrics.gaussian_statistics(features), *reference),
+        "counts": seen.bincount(minlength=10).tolist()}
+    if labels is not None:
+        figures["share"] = (seen == labels).double().mean().item()
+    return figures
+
+
+def judge_by_public_nets(images, labels, net56, net32, reference):
+    """The figures of --weights, likewise; reference: mu [64] and sigma [64, 64]."""
     features, logits56 = metrics.extract_features(images, net56, label="ResNet-56")
     _, logits32 = metrics.extract_features(images, net32, label="ResNet-32")
     features, logits56, logits32 = features.cpu(), logits56.cpu(), logits32.cpu()
-    counts = logits56.argmax(1).bincount(minlength=10)
     figures = {
-        "n": len(images), "cis": classifier_score(logits56, logits32),
-        "cfd": metrics.frechet_distance(*metrics.gaussian_statistics(features), *reference),
-        "hit": int((counts > 0).sum()), "counts": counts.tolist()}
+        "cis": classifier_score(logits56, logits32),
+        "cfd": metrics.frechet_distance(*metrics.gaussian_statistics(features), *reference)}
     if labels is not None:
         figures["acc56"] = (logits56.argmax(1) == labels).double().mean().item()
         figures["acc32"] = (logits32.argmax(1) == labels).double().mean().item()
@@ -170,12 +242,9 @@ def diversity(features, labels, most=1000):
     return float(np.mean(means)) if means else None
 
 
-COLUMNS = ["n", "acc56", "acc32", "cis", "cfd", "diversity", "hit"]
-
-
-def table_row(figures):
+def table_row(figures, columns):
     cells = []
-    for column in COLUMNS:
+    for column in columns:
         value = figures.get(column)
         if value is None:
             value = "-"
@@ -186,28 +255,49 @@ def table_row(figures):
     return f"{''.join(cells)}  {figures['file']}  ({counts})"
 
 
+def at_least_ten(text):
+    if int(text) < 10:
+        raise argparse.ArgumentTypeError(f"{text} is below 10")
+    return int(text)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser("judge.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", nargs="+", metavar="SAMPLES")
-    parser.add_argument("--data", required=True, metavar="DIR")
-    parser.add_argument("--weights", required=True, metavar="DIR")
-    parser.add_argument("--json", action="store_true", help="lines of JSON instead of a table")
+    parser.error = lambda message: parser.exit(2, f"judge.py: error: {message}\n")
+    add = parser.add_argument
+    add("samples", nargs="+", metavar="SAMPLES")
+    add("--data", required=True, metavar="DIR")
+    add("--robust", default="small-32", choices=ROBUST, help="the judge (default: small-32)")
+    add("--limit", type=at_least_ten, metavar="N", help="only the first N of each file")
+    add("--weights", metavar="DIR", help="two public nets judge, too")
+    add("--json", action="store_true", help="lines of JSON instead of a table")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    columns = ["n", "share", "distance"]
     try:
         samples = [load_samples(path, args.data) for path in args.samples]
-        net56 = load_net(args.weights, "resnet56-4bfd9763.th", 56).to(device)
-        net32 = load_net(args.weights, "resnet32-d509ac18.th", 32).to(device)
-        reference = train_statistics(net56, args.data)
+        robust = load_robust(args.robust).to(device)
+        if args.weights is not None:
+            columns += ["acc56", "acc32", "cis", "cfd", "diversity"]
+            net56 = load_net(args.weights, "resnet56-4bfd9763.th", 56).to(device)
+            net32 = load_net(args.weights, "resnet32-d509ac18.th", 32).to(device)
+            reference56 = train_statistics(net56, args.data)
+        reference = train_statistics(robust, args.data)
         if not args.json:
-            print("".join(f"{name:>10}" for name in COLUMNS) + "  file  (counts)")
+            heads = "".join(f"{column:>10}" for column in columns)
+            print(f"{heads}  file  (counts by {args.robust})")
         for path, (images, labels) in zip(args.samples, samples):
-            figures = {"file": path}
-            figures.update(judge(images, labels, net56, net32, reference))
-            print(json.dumps(figures) if args.json else table_row(figures), flush=True)
+            images = images[:args.limit]
+            if labels is not None:
+                labels = labels[:args.limit]
+            figures = {"file": path, "robust": args.robust, "n": len(images)}
+            figures.update(judge(images, labels, robust, reference))
+            if args.weights is not None:
+                figures.update(judge_by_public_nets(images, labels, net56, net32, reference56))
+            print(json.dumps(figures) if args.json else table_row(figures, columns), flush=True)
     except (OSError, ValueError) as e:
-        parser.exit(2, f"judge.py: error: {e}\n")
+        parser.error(e)
 
 
 if __name__ == "__main__":
