@@ -31,6 +31,7 @@ import os
 import socket
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
 from torchvision.models import inception
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -49,17 +51,19 @@ ENOUGH_IMAGES = 2048  # the features' dimension: with fewer images their covaria
 ROUNDING = 1e-4  # a foreign sigma, made in float32, may be off by this share of its largest value
 
 
+class Refused(ValueError):
+    """A file, folder or data set that the user gave cannot be used, or has no finite score."""
+
+
 # ================================================================ the scores
 def inception_score(logits, splits=SPLITS, seed=2020):
     """exp(mean over x of KL(p(y|x) || p(y))) of logits [N, K] (Salimans et al., 2016), in [1, K].
 
-    Returns mean and population std over `splits` parts of the shuffled rows. ValueError: N below
-    splits, or logits whose log-probabilities are not finite.
+    Returns mean and population std over `splits` parts of the shuffled rows. ValueError: splits not
+    in 1 ... N, or logits whose log-probabilities are not finite.
     """
     n = len(logits)
-    if splits < 1:
-        raise ValueError(f"splits must be at least 1, are {splits}")
-    if n < splits:
+    if not 1 <= splits <= n:
         raise ValueError(f"the IS in {splits} splits needs at least {splits} images, got {n}")
     order = torch.from_numpy(np.random.RandomState(seed).permutation(n))
     log_p = logits.double().log_softmax(1)[order.to(logits.device)]
@@ -104,7 +108,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     trace = torch.linalg.svdvals(root1.T @ root2).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
     if not distance.isfinite():
-        raise ValueError("the distance of the two overflows")
+        raise Refused("the distance of the two overflows")
     return distance.item()
 
 
@@ -143,10 +147,7 @@ def as_gaussian(mu, sigma):
 
 def as_float64(a):
     """A tensor or array of reals as a float64 tensor on the CPU."""
-    if isinstance(a, torch.Tensor):
-        a = a.detach().cpu()
-        a = (a.float() if a.dtype == torch.bfloat16 else a).numpy()  # numpy has no bfloat16
-    a = np.asarray(a)
+    a = a.numpy(force=True) if isinstance(a, torch.Tensor) else np.asarray(a)
     if a.dtype.kind not in "fiu":
         raise ValueError(f"mu and sigma must be real numbers, are {a.dtype}")
     return torch.tensor(a.astype(np.float64))  # big-endian and long double arrays too
@@ -155,7 +156,7 @@ def as_float64(a):
 def check_finite(rows, what):
     bad = int((~rows.isfinite().all(1)).sum())
     if bad > 0:
-        raise ValueError(f"the {what} of {bad} of {len(rows)} images are not finite")
+        raise Refused(f"the {what} of {bad} of {len(rows)} images are not finite")
 
 
 # ================================================================ the network
@@ -208,10 +209,7 @@ class InceptionE(inception.InceptionE):
 
 
 class InceptionV3(inception.Inception3):
-    """The FID Inception in float32 with random weights, under torchvision's parameter names.
-
-    To be used in eval mode.
-    """
+    """The FID Inception in float32, random weights, torchvision's parameter names; for eval()."""
 
     def __init__(self):
         blocks = [inception.BasicConv2d, InceptionA, inception.InceptionB, InceptionC,
@@ -222,8 +220,7 @@ class InceptionV3(inception.Inception3):
         self.float()  # whatever torch's default dtype is
 
     def forward(self, x):
-        """uint8 [B, 3, H, W], on any device -> pool3 [B, 2048] and logits [B, 1008] without bias.
-        """
+        """uint8 [B, 3, H, W] on any device -> pool3 [B, 2048], logits [B, 1008] without bias."""
         x = x.to(self.fc.weight)  # its device and dtype
         x = (resize_tf1(x) - 128) / 128
         for block in list(self.children())[:-2]:  # torchvision registers all in the order of use
@@ -236,7 +233,7 @@ def load_inception(path=None, device="cpu"):
     """The network with the FID weights, in eval mode; `.weights_hash`: 8 digits of their sha256.
 
     Default: torch.hub's cached copy, downloaded where there is none, and checked. A path to a file
-    with another hash only warns. OSError: no such file, or no download. ValueError: damaged.
+    with another hash only warns. OSError: no such file, or no download. Refused: damaged.
     """
     default = Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name)
     if path is None:
@@ -245,21 +242,18 @@ def load_inception(path=None, device="cpu"):
             default.parent.mkdir(parents=True, exist_ok=True)
             with download_errors("the Inception weights", "give --inception-weights PATH"):
                 torch.hub.download_url_to_file(WEIGHTS_URL, str(default), WEIGHTS_HASH,
-                                               progress=sys.stderr.isatty())
+                                               progress=on_terminal())
     path = Path(path)
     weights_hash = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    if weights_hash != WEIGHTS_HASH:
-        if path == default:
-            raise ValueError(f"{path} is damaged (its sha256 is wrong): delete it")
-        warn(f"{path}: not the FID weights: incomparable scores")
+    if path == default and weights_hash != WEIGHTS_HASH:
+        raise Refused(f"{path} is damaged (its sha256 is wrong): delete it")
     net = InceptionV3()
-    # BatchNorm's counters, which old files lack and eval mode does not read; all else must be there
-    counters = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict({**counters, **state})
-    except Exception as e:  # torch.load raises a dozen kinds
-        raise ValueError(f"{path}: not a file of Inception weights ({one_line(e)})") from e
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as e:  # torch raises a dozen kinds, with pages of advice
+        raise Refused(f"{path}: not a file of the FID Inception's weights, or damaged") from e
+    if weights_hash != WEIGHTS_HASH:
+        warn(f"{path}: not the FID weights: incomparable scores")
     net.weights_hash = weights_hash
     return net.eval().to(device)
 
@@ -293,8 +287,6 @@ def extract_features(images, extract, batch_size=BATCH_SIZE, label=None):
         raise ValueError(f"images must be uint8, not {images.dtype}")
     if isinstance(extract, nn.Module) and any(m.training for m in extract.modules()):
         raise ValueError("extract, or a part of it, is in training mode: call its eval() first")
-    if len(images) == 0:
-        raise ValueError("no images")
     batches = images.split(batch_size)
     if label is not None:
         batches = progress(batches, label)
@@ -362,13 +354,13 @@ def progress(batches, label):
         yield batch
         done += len(batch)
         now = time.monotonic()
-        rate = done / (now - begun)
+        rate = done / max(now - begun, 1e-3)  # a coarse clock may stand still
         left = (total - done) / rate
         line = f"{label}: {done:,}/{total:,} images, {rate:,.0f}/s, {left:,.0f} s left"
-        if sys.stderr.isatty():
-            print(f"\r{line}\x1b[K", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        if on_terminal():
+            say(f"\r{line}\x1b[K", end="" if done < total else "\n")
         elif done == total or now - said > 30:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
             said = now
 
 
@@ -377,20 +369,15 @@ def score(paths, data="./data", reference=None, weights=None, device="cpu", batc
     """IS and FID of each .npz in paths: a list of evaluate's dicts with `file` and `weights`, the
     hash of the Inception weights. reference and weights: paths, or None for the defaults.
 
-    OSError, ValueError: something is absent, damaged or refused; the text is one line.
+    OSError, Refused: something is absent, damaged or of no use; the text is one line.
     """
     samples = [load_images(path) for path in paths]  # all are checked before anything takes time
     net = load_inception(weights, device)
-    mu, sigma, few = load_reference(reference, net, data, batch_size)
+    statistics = load_reference(reference, net, data, batch_size)
     results = []
     for path, images in zip(paths, samples):
-        result = {"file": str(path)}
-        result.update(evaluate(images, (mu, sigma), net, batch_size, str(path)))
-        result["weights"] = net.weights_hash
-        if few:  # otherwise evaluate's own warning, if any, stands
-            both = "images and " if len(images) < ENOUGH_IMAGES else ""
-            result["warning"] = f"fewer than 2,048 {both}reference images: biased FID"
-        results.append(result)
+        result = evaluate(images, statistics, net, batch_size, str(path))
+        results.append({"file": str(path), **result, "weights": net.weights_hash})
     return results
 
 
@@ -400,27 +387,26 @@ def load_images(path):
 
 
 def as_images(path, x):
-    """The array x as a tensor uint8 [N, 3, 32, 32]. ValueError names the file."""
+    """The array x as a tensor uint8 [N, 3, 32, 32]. Refused names the file."""
     if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3) or len(x) < SPLITS:
         wanted = f"uint8 [N, 32, 32, 3] with N >= {SPLITS}"
-        raise ValueError(f"{path}: arr_0 must be {wanted}, is {x.dtype} {list(x.shape)}")
+        raise Refused(f"{path}: arr_0 must be {wanted}, is {x.dtype} {list(x.shape)}")
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
 def load_reference(path, net, data, batch_size=BATCH_SIZE):
-    """mu [2048], sigma [2048, 2048], and True where they were computed here from fewer than 2,048
-    images; of the .npz at path, which holds mu and sigma or images, or of CIFAR-10's train set."""
+    """mu [2048] and sigma [2048, 2048] of the .npz at path, which holds them or images, or of
+    CIFAR-10's train set."""
     if path is None:
-        mu, sigma = cifar10_statistics(net, data, batch_size)
-        return mu, sigma, False
+        return cifar10_statistics(net, data, batch_size)
     arrays = read_npz(path, ["mu", "sigma"], ["arr_0"])
     if "mu" in arrays:
-        mu, sigma = as_statistics(path, arrays)
-        return mu, sigma, False
+        return as_statistics(path, arrays)
     images = as_images(path, arrays["arr_0"])
     features, _ = extract_features(images, net, batch_size, "reference")
-    mu, sigma = gaussian_statistics(features)
-    return mu, sigma, len(images) < ENOUGH_IMAGES
+    if len(images) < ENOUGH_IMAGES:
+        warn(f"{path}: fewer than 2,048 reference images: biased FID")
+    return gaussian_statistics(features)
 
 
 def cifar10_statistics(net, data, batch_size=BATCH_SIZE):
@@ -429,8 +415,8 @@ def cifar10_statistics(net, data, batch_size=BATCH_SIZE):
     if cache.exists():
         try:
             return as_statistics(cache, read_npz(cache, ["mu", "sigma"]))
-        except ValueError as e:
-            raise ValueError(f"{e}: delete this file, it will be computed again") from e
+        except Refused as e:
+            raise Refused(f"{e}: delete this file, it will be computed again") from e
     images = cifar10_train(data)
     features, _ = extract_features(images, net, batch_size, "CIFAR-10 train")
     mu, sigma = gaussian_statistics(features)
@@ -440,57 +426,61 @@ def cifar10_statistics(net, data, batch_size=BATCH_SIZE):
             np.savez(file, mu=mu.numpy(force=True), sigma=sigma.numpy(force=True))
         os.replace(unfinished, cache)
     except OSError as e:  # a read-only or full folder must not cost the result
-        unfinished.unlink(missing_ok=True)
         warn(f"the reference was not kept ({one_line(e)})")
+    finally:
+        unfinished.unlink(missing_ok=True)
     return mu, sigma
 
 
 def cifar10_train(data):
-    """The train images, uint8 [50000, 3, 32, 32], downloaded where the folder is absent. A damaged
-    one is a ValueError, and stays."""
+    """The train images, uint8 [50000, 3, 32, 32], downloaded where the folder is absent. An
+    incomplete or damaged folder is refused, and stays."""
     folder = Path(data, CIFAR10.base_folder)
     if not folder.exists():
         advice = f"put {CIFAR10.base_folder} into --data, or give --reference"
         with download_errors("CIFAR-10", advice):
             CIFAR10(data, download=True)
-    try:
-        images = CIFAR10(data).data
-    except Exception as e:
-        raise ValueError(f"{folder} is damaged ({one_line(e)}): delete it") from e
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    files = [*CIFAR10.train_list, *CIFAR10.test_list]
+    files.append((CIFAR10.meta["filename"], CIFAR10.meta["md5"]))
+    bad = [name for name, md5 in files if not check_integrity(folder / name, md5)]
+    if bad:
+        raise Refused(f"{', '.join(bad)} in {folder}: missing or damaged: delete the folder")
+    return torch.from_numpy(CIFAR10(data).data).permute(0, 3, 1, 2).contiguous()
 
 
 def as_statistics(path, arrays):
-    """Checked mu [2048] and sigma [2048, 2048], float64 tensors. ValueError names the file."""
+    """Checked mu [2048] and sigma [2048, 2048], float64 tensors. Refused names the file."""
     try:
         mu, sigma = as_gaussian(arrays["mu"], arrays["sigma"])
+        covariance_root(sigma)  # raises here, not after the features of the first file
     except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
+        raise Refused(f"{path}: {e}") from e
     if len(mu) != 2048:
-        raise ValueError(f"{path}: mu and sigma must be of 2048 features, are of {len(mu)}")
+        raise Refused(f"{path}: mu and sigma must be of 2048 features, are of {len(mu)}")
     return mu, sigma
 
 
 def read_npz(path, *choices):
     """{name: array} of the first choice, a list of names, of which the .npz holds all."""
+    with open(path, "rb") as file:
+        begins = file.read(16)
+        if not zipfile.is_zipfile(file):
+            raise Refused(f"{path}: not an .npz file, or a part of one: it begins with {begins}")
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as npz:
+        with np.load(path, allow_pickle=False) as npz:
             for names in choices:
                 if all(name in npz.files for name in names):
                     return {name: npz[name] for name in names}
             found = npz.files
-    except MemoryError:
-        raise
     except Exception as e:  # numpy and zipfile raise a dozen kinds
-        raise ValueError(f"{path}: not a readable .npz file ({one_line(e)})") from e
+        raise Refused(f"{path}: not a readable .npz file ({one_line(e)})") from e
     wanted = ", or ".join(" and ".join(names) for names in choices)
-    raise ValueError(f"{path}: must hold {wanted}; holds {', '.join(found[:9]) or 'nothing'}")
+    raise Refused(f"{path}: must hold {wanted}; holds {', '.join(found[:9]) or 'nothing'}")
 
 
 @contextlib.contextmanager
 def download_errors(what, advice):
-    """Around a download: 10 s of silence end it, and every failure is an OSError with the advice.
-    """
+    """Around a download: 10 s of silence end it, every failure is an OSError with the advice."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
@@ -501,8 +491,29 @@ def download_errors(what, advice):
         socket.setdefaulttimeout(before)
 
 
+def on_terminal():
+    """Whether stderr is a terminal; it may be None, closed, or any object that takes text."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def say(text, end="\n"):
+    """Text to stderr, letters that it lacks escaped; none, a closed or a full one costs nothing."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + end)
+        sys.stderr.flush()
+
+
 def warn(message):
-    print(f"metrics.py: warning: {message}", file=sys.stderr)
+    say(f"metrics.py: warning: {message}")
+
+
+def stop(message, code=2):
+    say(f"metrics.py: {message}")
+    sys.exit(code)
 
 
 def one_line(e):
@@ -511,9 +522,9 @@ def one_line(e):
 
 # ================================================================ the command
 def main(argv=None):
-    parser = argparse.ArgumentParser("metrics.py", description=__doc__.splitlines()[0],
+    parser = argparse.ArgumentParser("metrics.py", description="IS and FID of CIFAR-10 samples.",
                                      allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"metrics.py: error: {message}\n")
+    parser.error = lambda message: stop(f"error: {message}")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add = parser.add_argument
     add("samples", nargs="+", metavar="SAMPLES", help=".npz with arr_0, uint8 [N, 32, 32, 3]")
@@ -521,39 +532,32 @@ def main(argv=None):
     add("--reference", help=".npz with mu and sigma, or with arr_0 (default: CIFAR-10 train)")
     add("--inception-weights", help="(default: torch.hub's cache, downloaded if absent)")
     add("--device", choices=devices, default=devices[0], help="(default: %(default)s)")
-    add("--batch-size", type=positive, default=BATCH_SIZE, help="(default: %(default)s images)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="(default: %(default)s images)")
     args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, is {args.batch_size}")
     try:
         results = score(args.samples, args.data, args.reference, args.inception_weights,
                         args.device, args.batch_size)
-    except (OSError, ValueError) as e:
-        parser.error(e)
-    except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
+    except (OSError, Refused) as e:
+        stop(f"error: {e}")
+    except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors
+        words = "out of memory", "allocate memory", "ALLOC_FAILED"
+        if isinstance(e, RuntimeError) and not any(word in str(e) for word in words):
             raise
-        parser.error(f"{one_line(e)}: try a smaller --batch-size")
+        stop(f"error: out of memory ({one_line(e)}): try a smaller --batch-size")
     except KeyboardInterrupt:
-        parser.exit(130, "metrics.py: interrupted\n")
+        stop("interrupted", 130)
     for result in results:
         if "warning" in result:
             warn(f"{result['file']}: {result['warning']}")
-        print(json.dumps(result))
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
-    return value
-
-
-def out_of_memory(e):
-    """numpy raises MemoryError; torch OutOfMemoryError or, on the CPU and in cuBLAS, RuntimeError.
-    """
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    words = "out of memory", "can't allocate memory", "ALLOC_FAILED"
-    return any(word in str(e) for word in words)
+    lines = "".join(json.dumps(result) + "\n" for result in results)
+    try:
+        sys.stdout.write(lines)
+        sys.stdout.flush()
+    except (AttributeError, OSError, ValueError) as e:  # None, full, closed: these took hours
+        say(lines, end="")
+        stop(f"error: stdout took no result ({e})")
 
 
 if __name__ == "__main__":

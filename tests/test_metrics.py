@@ -1,11 +1,14 @@
 """metrics.py on random weights and closed forms: no number here is an IS or an FID of anything."""
 import contextlib
+import hashlib
 import io
 import json
 import math
 import os
 import pickle
 import socket
+import sys
+import time
 import urllib.error
 from pathlib import Path
 
@@ -203,14 +206,17 @@ class Malice:
         return os.system, ("touch " + os.environ["MALICE"],)
 
 
-@pytest.mark.parametrize("state", [[1], {"fc.bias": torch.zeros(1008)}, {"fc.bias": Malice()}],
-                         ids=["list", "incomplete", "malicious"])
-def test_foreign_weights_are_refused(tmp_path, monkeypatch, state):
+@pytest.mark.parametrize("state", [[1], {"fc.bias": torch.zeros(1008)}, {"fc.bias": Malice()}, "<!DOCTYPE html>"],
+                         ids=["list", "incomplete", "malicious", "page"])
+def test_foreign_weights_are_refused(tmp_path, monkeypatch, capsys, state):
     monkeypatch.setenv("MALICE", str(tmp_path / "touched"))
-    torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth: not a file of") as e:
+    if isinstance(state, str):
+        (tmp_path / "weights.pth").write_text(state)
+    else:
+        torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(metrics.Refused, match=r"weights\.pth: not a file of the FID Inception's weights, or damaged$"):
         metrics.load_inception(tmp_path / "weights.pth")
-    assert "\n" not in str(e.value) and not (tmp_path / "touched").exists()
+    assert capsys.readouterr().err == "" and not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize("damage", ["half", "page", "zeros", "another net"])
@@ -221,7 +227,7 @@ def test_a_damaged_download_is_to_be_deleted(weights, tmp_path, monkeypatch, dam
     cached.write_bytes({"half": good[:len(good) // 2], "page": b"<!DOCTYPE html>",
                         "zeros": bytes(1000), "another net": good}[damage])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(ValueError, match=f"{cached} is damaged.*delete it"):
+    with pytest.raises(metrics.Refused, match=f"{cached} is damaged.*delete it"):
         metrics.load_inception()
 
 
@@ -242,9 +248,27 @@ def test_downloads_are_checked_and_end(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot download.*--data"):
         metrics.cifar10_train(tmp_path)
     assert socket.getdefaulttimeout() == before
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="cifar-10-batches-py is damaged.*delete"):
+
+
+def test_cifar10_says_which_file_is_missing_or_damaged(tmp_path, monkeypatch):
+    """A set in small: two images for training, one for testing."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+
+    def made(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+    batches = [{"data": np.full((n, 3072), n, np.uint8), "labels": [0] * n} for n in (1, 2)]
+    monkeypatch.setattr(metrics.CIFAR10, "train_list", [made("data_batch_1", batches[1])])
+    monkeypatch.setattr(metrics.CIFAR10, "test_list", [made("test_batch", batches[0])])
+    name, md5 = made("batches.meta", {"label_names": ["plane"]})
+    monkeypatch.setattr(metrics.CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    assert torch.equal(metrics.cifar10_train(tmp_path), torch.full((2, 3, 32, 32), 2, dtype=torch.uint8))
+    (folder / "batches.meta").unlink()
+    with pytest.raises(metrics.Refused, match=f"^batches.meta in {folder}: missing or damaged: delete the folder$"):
+        metrics.cifar10_train(tmp_path)
+    (folder / "data_batch_1").write_bytes(b"half a file")
+    with pytest.raises(metrics.Refused, match="^data_batch_1, batches.meta in "):
         metrics.cifar10_train(tmp_path)
 
 
@@ -393,8 +417,10 @@ def test_what_is_not_finite_is_no_score(where, value):
         {"features": features, "logits": logits}[where][3:5, 0] = value
         return features, logits
     reference = torch.zeros(16), torch.eye(16)
-    with pytest.raises(ValueError, match="of 2 of 20 images are not finite"):
+    with pytest.raises(metrics.Refused, match="of 2 of 20 images are not finite"):
         metrics.evaluate(images(20), reference, extract)
+    with pytest.raises(metrics.Refused, match="overflows"):
+        metrics.evaluate(images(20), (torch.full((16,), 1e200, dtype=torch.float64), torch.eye(16)), small)
 
 
 @pytest.fixture
@@ -442,7 +468,7 @@ def test_evaluate_is_exact_inside_and_restores_everything(setting, restored):
         return features, logits
 
     exec(f"torch.{setting}" if setting else "")
-    reference = torch.zeros(16), torch.eye(16)
+    reference = np.zeros(16), np.eye(16)
     for fails in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             before = ambient()
@@ -489,7 +515,7 @@ def test_cuda_equals_cpu_whatever_the_caller_set(net, restored):
 
 @pytest.fixture
 def fids(monkeypatch):
-    """Toy in the network's place, and frechet_distance's arguments kept (it takes seconds)."""
+    """Toy in the network's place; frechet_distance's arguments kept, covariances not rooted (both take seconds)."""
     arguments = []
 
     def frechet_distance(*args):
@@ -497,6 +523,7 @@ def fids(monkeypatch):
         return 1.5
     monkeypatch.setattr(metrics, "load_inception", lambda path, device: Toy().eval())
     monkeypatch.setattr(metrics, "frechet_distance", frechet_distance)
+    monkeypatch.setattr(metrics, "covariance_root", lambda sigma: None)
     return arguments
 
 
@@ -505,23 +532,20 @@ def sample(tmp_path):
     return write(tmp_path / "sample.npz", arr_0=nhwc(images(10)))
 
 
-def test_reference_file_with_statistics_or_images(tmp_path, sample, fids):
+def test_reference_file_with_statistics_or_images(tmp_path, sample, fids, capsys):
     mu, sigma = metrics.gaussian_statistics(Toy()(images(30))[0])
     path = write(tmp_path / "images.npz", arr_0=nhwc(images(30)))
-    (result,) = metrics.score([sample], reference=path)
-    assert "fewer than 2,048 images and reference images" in result["warning"]
-    many = write(tmp_path / "many.npz", arr_0=nhwc(images(2048)))
-    (result,) = metrics.score([many], reference=path)
-    assert "fewer than 2,048 reference images" in result["warning"]
+    metrics.score([sample], reference=path)
+    assert f"{path}: fewer than 2,048 reference images" in capsys.readouterr().err
     noise = 1 + torch.randn(2048, 2048, dtype=torch.float64) * 1e-8
     foreign = (sigma * noise).numpy().astype(">f8")
     path = write(tmp_path / "statistics.npz", mu=mu.numpy().astype(np.longdouble), sigma=foreign)
-    (result,) = metrics.score([sample], reference=path)
-    assert "reference" not in result["warning"]
+    metrics.score([sample], reference=path)
+    assert "reference images" not in capsys.readouterr().err
     for _, _, their_mu, their_sigma in fids:  # of each
         torch.testing.assert_close(their_mu, mu)
         torch.testing.assert_close(their_sigma, sigma, rtol=1e-6, atol=1e-6)
-    assert torch.equal(fids[2][3], fids[2][3].T)
+    assert torch.equal(fids[1][3], fids[1][3].T)
 
 
 MU, SIGMA = np.zeros(2048), np.eye(2048)
@@ -538,17 +562,23 @@ SKEW[0, 1], NAN[5, 5] = 1, math.nan
     ({"mu": MU[:64], "sigma": SIGMA[:64, :64]}, "2048 features, are of 64")])
 def test_bad_reference_files(tmp_path, sample, fids, arrays, message):
     path = write(tmp_path / "reference.npz", **arrays)
-    with pytest.raises(ValueError, match=f"{path}: .*{message}"):
+    with pytest.raises(metrics.Refused, match=f"{path}: .*{message}"):
         metrics.score([sample], reference=path)
+
+
+def test_a_reference_that_is_no_covariance_is_refused_by_its_name(tmp_path):
+    path = write(tmp_path / "reference.npz", mu=np.zeros(2), sigma=np.diag([1, -1.0]))
+    with pytest.raises(metrics.Refused, match=f"{path}: sigma is no covariance"):
+        metrics.load_reference(path, None, None)
 
 
 def test_foreign_files_are_told_what_is_wanted(tmp_path, sample, fids):
     torch.save({"mu": torch.zeros(3)}, tmp_path / "reference.pt")
-    with pytest.raises(ValueError, match="must hold mu and sigma, or arr_0; holds .*data.pkl"):
+    with pytest.raises(metrics.Refused, match="must hold mu and sigma, or arr_0; holds .*data.pkl"):
         metrics.score([sample], reference=tmp_path / "reference.pt")
 
 
-def test_reference_is_computed_once_and_kept(tmp_path, monkeypatch, capsys):
+def test_reference_is_computed_once_and_kept(tmp_path, fids, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "cifar10_train", lambda data: images(40))
     net, calls = Toy().eval(), []
     net.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
@@ -556,7 +586,7 @@ def test_reference_is_computed_once_and_kept(tmp_path, monkeypatch, capsys):
         m.setattr(os, "replace", lambda *paths: raised(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             metrics.cifar10_statistics(net, tmp_path, batch_size=16)
-    assert calls == [16, 16, 8] and not list(tmp_path.glob("*.npz"))
+    assert calls == [16, 16, 8] and not list(tmp_path.iterdir())
     assert "CIFAR-10 train: 40/40 images" in capsys.readouterr().err
     mu, sigma = metrics.cifar10_statistics(net, tmp_path)
     x = images(40).flatten(1)[:, :2048].double().numpy()
@@ -571,7 +601,7 @@ def test_reference_is_computed_once_and_kept(tmp_path, monkeypatch, capsys):
     assert len(calls) == 5 and len(list(tmp_path.glob("*.npz"))) == 2
     net.weights_hash = "0123abcd"
     cache.write_bytes(cache.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"{cache}.*delete this file"):
+    with pytest.raises(metrics.Refused, match=f"{cache}.*delete this file"):
         metrics.cifar10_statistics(net, tmp_path)
     metrics.cifar10_statistics(net, tmp_path / "absent")
     assert "not kept" in capsys.readouterr().err
@@ -611,15 +641,17 @@ def npz(**arrays):
     (npz(arr_0=GOOD.transpose(0, 3, 1, 2)), "is uint8 [12, 3, 32, 32]"),
     (npz(arr_0=np.uint8(3)), "is uint8 []"), (npz(arr_0=GOOD[:9]), "N >= 10"),
     (npz(arr_0=np.array([GOOD, None], object)), "not a readable"),
-    (npz(arr_0=GOOD)[:2000], "not a readable"), (pickle.dumps(GOOD), "not a readable"),
-    (None, "No such file")])
+    (npz(arr_0=GOOD)[:-30], "or a part of one: it begins with b'PK"), (pickle.dumps(GOOD), "not an .npz file"),
+    (npz(arr_0=GOOD)[:999] + b"x" + npz(arr_0=GOOD)[1000:], "not a readable .npz file (BadZipFile: Bad CRC-32"),
+    (b"<!DOCTYPE html>\n<html>", "not an .npz file, or a part of one: it begins with b'<!DOCTYPE html>"),
+    (b"\x93NUMPY\x01\x00", "not an .npz file"), (b"", "not an .npz file"), (None, "No such file")])
 def test_bad_samples_are_refused(content, message, sample, tmp_path, capsys, monkeypatch):
     monkeypatch.delattr(metrics, "load_inception")  # before anything that takes time
     bad = tmp_path / "bad.npz"
     if content is not None:
         bad.write_bytes(content)
     error = error_of(capsys, sample, bad)
-    assert str(bad) in error and message in error
+    assert str(bad) in error and message in error and "pickled" not in error
 
 
 def test_a_line_of_json_per_file_and_labels_are_not_read(sample, tmp_path, fids, capsys):
@@ -646,13 +678,114 @@ def test_bad_flags_are_refused(tmp_path, sample, fids, capsys):
     lambda: raised(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublas"))])
 def test_out_of_memory_is_one_line_and_a_hint(fail, sample, tmp_path, fids, capsys, monkeypatch):
     monkeypatch.setattr(Toy, "forward", lambda self, x: fail())
-    assert "try a smaller --batch-size" in error_of(capsys, sample, "--reference", sample)
+    error = error_of(capsys, sample, "--reference", sample)
+    assert "error: out of memory (" in error and "try a smaller --batch-size" in error
 
 
-def test_a_bug_is_no_lack_of_memory(sample, fids, monkeypatch):
-    monkeypatch.setattr(Toy, "forward", lambda self, x: x @ x[0, 0, :3])
-    with pytest.raises(RuntimeError, match="shapes"):
+@pytest.mark.parametrize("bug, kind", [(lambda x: x @ x[0, 0, :3], RuntimeError), (lambda x: x[:, 7], IndexError),
+                                       (lambda x: x.numpy().reshape(7, -1), ValueError)])
+def test_a_bug_in_a_copy_keeps_its_traceback(bug, kind, sample, fids, monkeypatch):
+    monkeypatch.setattr(Toy, "forward", lambda self, x: bug(x))
+    with pytest.raises(kind, match="shape|index") as e:
         metrics.main([str(sample), "--reference", str(sample)])
+    assert e.type is kind and e.traceback[-1].name in ("<lambda>", "reshape")
+
+
+@pytest.fixture
+def bytes_path(tmp_path):
+    """A good sample whose name has an umlaut and a byte that is no UTF-8."""
+    return os.path.join(tmp_path, os.fsdecode("\N{LATIN SMALL LETTER U WITH DIAERESIS}".encode() + b"\xe4.npz"))
+
+
+class Plain:
+    """What some put in a stream's place: it has no isatty and no encoding."""
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def ascii_stream():
+    return io.TextIOWrapper(io.BytesIO(), "ascii")
+
+
+def text_of(stream):
+    return stream.text if isinstance(stream, Plain) else stream.buffer.getvalue().decode("ascii")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+def full():
+    return open("/dev/full", "w")
+
+
+@pytest.mark.parametrize("stdout, stderr", [
+    (Plain, Plain), (ascii_stream, ascii_stream), (Plain, closed), (Plain, full), (Plain, lambda: None)])
+def test_no_letter_and_no_stderr_costs_a_result(stdout, stderr, bytes_path, fids, monkeypatch):
+    np.savez(bytes_path, arr_0=GOOD)
+    out, err = stdout(), stderr()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    metrics.main([bytes_path, bytes_path, "--reference", bytes_path])
+    with pytest.raises(SystemExit) as e:
+        metrics.main([bytes_path, bytes_path + "absent"])
+    monkeypatch.undo()
+    assert e.value.code == 2
+    results = [json.loads(line) for line in text_of(out).splitlines()]
+    assert [result["file"] for result in results] == [bytes_path] * 2  # nothing of stderr's among them
+    if stderr in (Plain, ascii_stream):
+        text = text_of(err)
+        assert "\\udce4.npz: 12/12 images" in text and "No such file" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("stdout, reason", [(closed, "closed"), (full, "No space left"), (lambda: None, "None")])
+def test_what_stdout_does_not_take_goes_to_stderr(stdout, reason, sample, fids, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stdout())
+    with pytest.raises(SystemExit) as e:
+        metrics.main([str(sample), "--reference", str(sample)])
+    monkeypatch.undo()
+    *_, result, last = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and json.loads(result)["fid"] == 1.5
+    assert last.startswith("metrics.py: error: stdout took no result (") and reason in last
+
+
+def test_progress_on_a_clock_that_stands_still(capsys, monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)
+    assert len(list(metrics.progress(images(40).split(20), "x"))) == 2
+    assert capsys.readouterr().err.startswith("x: 40/40 images")
+
+
+def test_progress_without_a_terminal_is_a_line_every_half_minute(capsys, monkeypatch):
+    ticks = iter(range(0, 1000, 10))
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
+    list(metrics.progress(images(12).split(1), "x"))
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["4/12", "8/12", "12/12"]
+
+
+def test_help_without_docstrings(capsys, monkeypatch):  # python -OO
+    monkeypatch.setattr(metrics, "__doc__", None)
+    with pytest.raises(SystemExit) as e:
+        metrics.main(["--help"])
+    assert e.value.code == 0 and "--batch-size" in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_the_cache_alone(tmp_path, fids, monkeypatch, capsys):
+    def savez(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "savez", savez)
+    monkeypatch.setattr(metrics, "cifar10_train", lambda data: images(40))
+    mu, sigma = metrics.cifar10_statistics(Toy().eval(), tmp_path)
+    assert mu.isfinite().all() and "not kept (OSError: [Errno 28] No space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupt(sample, fids, monkeypatch, capsys):
@@ -670,6 +803,7 @@ def test_the_command_end_to_end(sample, tmp_path, weights, monkeypatch, capsys):
     outputs, extract = [], metrics.extract_features
     monkeypatch.setattr(metrics, "extract_features", extract_features)
     monkeypatch.setattr(metrics, "frechet_distance", lambda mu, *_: mu.square().sum().item())
+    monkeypatch.setattr(metrics, "covariance_root", lambda sigma: None)  # this, too, takes seconds
     reference = write(tmp_path / "reference.npz", mu=MU, sigma=SIGMA)
     metrics.main([str(sample), "--reference", str(reference), "--device", "cpu",
                   "--inception-weights", str(weights), "--batch-size", "7"])
