@@ -242,7 +242,7 @@ def load_inception(path=None, device="cpu"):
             default.parent.mkdir(parents=True, exist_ok=True)
             with download_errors("the Inception weights", "give --inception-weights PATH"):
                 torch.hub.download_url_to_file(WEIGHTS_URL, str(default), WEIGHTS_HASH,
-                                               progress=on_terminal())
+                                               progress=on_a_terminal())
     path = Path(path)
     weights_hash = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     if path == default and weights_hash != WEIGHTS_HASH:
@@ -357,7 +357,7 @@ def progress(batches, label):
         rate = done / max(now - begun, 1e-3)  # a coarse clock may stand still
         left = (total - done) / rate
         line = f"{label}: {done:,}/{total:,} images, {rate:,.0f}/s, {left:,.0f} s left"
-        if on_terminal():
+        if on_a_terminal():
             say(f"\r{line}\x1b[K", end="" if done < total else "\n")
         elif done == total or now - said > 30:
             say(line)
@@ -491,7 +491,7 @@ def download_errors(what, advice):
         socket.setdefaulttimeout(before)
 
 
-def on_terminal():
+def on_a_terminal():
     """Whether stderr is a terminal; it may be None, closed, or any object that takes text."""
     try:
         return sys.stderr.isatty()
