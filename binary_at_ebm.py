@@ -580,12 +580,13 @@ def read_flags(groups, argv, presets):
             defaults.update(others)
     if "help" in given:
         parser.set_defaults(**defaults)
-        parser.exit(message=parser.format_help())
+        parser.print_help()
+        sys.exit()
     if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
     for norm, *lengths in (("norm", "attack_eps", "attack_step_size"),
                            ("sample_norm", "sample_step_size")):
-        missing = [typed(n) for n in lengths if n not in given and defaults[n] is not None]
+        missing = [typed(flag) for flag in lengths if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
             parser.error(f"another {typed(norm)} has other lengths: give {', '.join(missing)}, too")
     args = argparse.Namespace(**{**defaults, **given})
@@ -602,7 +603,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def stop(message, code=2):
     """One line on stderr, and the end."""
-    say(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", stderr=True)
     sys.exit(code)
 
 

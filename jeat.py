@@ -138,7 +138,7 @@ def parse_args(argv=None):
     add("--lr-drops", type=fraction, default=[0.8, 0.9], nargs="*",
         help="x 0.3 at these fractions of --epochs [JEM]")
     add("--norm", default="linf", choices=("linf", "l2"),
-        help="of ball and step [secondary]; l2 needs another --attack-eps")
+        help="of ball and step [secondary]; l2 needs another --attack-eps and step size")
     add("--attack-eps", type=number, default=8 / 255, help="radius, pixels in [0, 1] [assumed]")
     add("--attack-steps", type=count, default=1,
         help="[secondary]; at: 10 [assumed]; 0: no attack, the control")
@@ -561,12 +561,13 @@ def read_flags(groups, argv, presets):
             defaults.update(others)
     if "help" in given:
         parser.set_defaults(**defaults)
-        parser.exit(message=parser.format_help())
+        parser.print_help()
+        sys.exit()
     if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
     for norm, *lengths in (("norm", "attack_eps", "attack_step_size"),
                            ("sample_norm", "sample_step_size")):
-        missing = [typed(n) for n in lengths if n not in given and defaults[n] is not None]
+        missing = [typed(flag) for flag in lengths if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
             parser.error(f"another {typed(norm)} has other lengths: give {', '.join(missing)}, too")
     args = argparse.Namespace(**{**defaults, **given})
@@ -583,7 +584,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def stop(message, code=2):
     """One line on stderr, and the end."""
-    say(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", stderr=True)
     sys.exit(code)
 
 

@@ -584,7 +584,10 @@ def load_data(args):
     if args.smoke:
         tensors = [*drawn_digits(2000, seed=0), *drawn_digits(250, seed=1)]
     else:
-        tensors = cifar10(args.data)
+        try:
+            tensors = cifar10(args.data)
+        except Refused as e:
+            raise Refused(f"{e}; --smoke needs no data") from e
     return [t[:args.limit].to(args.device) for t in tensors]
 
 
@@ -739,10 +742,12 @@ def on_a_terminal():
         return False
 
 
-def say(text, end="\n", file=None):
+def say(text, end="\n", stderr=False):
     """Print, on stdout by default. A character that its encoding lacks, or a closed file, costs
     nothing."""
-    file = file or sys.stdout
+    file = sys.stderr if stderr else sys.stdout
+    if file is None:  # as where there is no console
+        return
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=file,

@@ -139,7 +139,8 @@ def test_names_of_sets():
     """Paths and lists too make a file's name."""
     name = lambda *flags: cem_sup.set_of_samples(cem_sup.parse_args(list(flags)), "cs")[0]  # noqa: E731
     assert name() == "cs" and name("--small") == "cs" and name("--smoke", "--sample-steps", "30") == "cs"
-    assert name("--start", "a/b c.npy") == "cs_start-a-b-c.npy" and name("--start-split", "test") == "cs_start-split-test"
+    assert name("--start", "a/b c.npy") == "cs_start-a-b-c.npy"
+    assert name("--start-split", "test") == "cs_start-split-test"
     assert name("--smoke", "--sample-steps", "60") == "cs_steps-60"
 
 
@@ -165,7 +166,8 @@ def test_scores_or_the_reason(run, monkeypatch, capsys):
         raise OSError("no\nweights")
     assert scores_with(monkeypatch, run, {"score": no_weights})[TA]["reason"] == "OSError: no weights"
     command = capsys.readouterr().out.strip().splitlines()[-1]
-    assert command.endswith(f"samples_{TA}.npz --data 'da ta'") and "python metrics.py " in command  # quoted for a shell
+    assert command.endswith(f"samples_{TA}.npz --data 'da ta'")  # quoted for a shell
+    assert command.startswith("IS and FID: python metrics.py ")
     foreign = scores_with(monkeypatch, run, {"something": 1})  # somebody else's module of that name
     assert foreign[CS]["fid"] is None and "ImportError" in foreign[CS]["reason"] and foreign[CS]["n"] == 20
     rows = scores_with(monkeypatch, run, {"score": score})
@@ -486,5 +488,6 @@ def test_main_leaves_nothing_behind(run, capsys):
 def test_without_docstrings(tmp_path):
     """python -OO strips them."""
     for script in ("cem_sup", "metrics"):
-        done = subprocess.run([sys.executable, "-OO", f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-OO", f"{script}.py", "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "--data" in done.stdout, done.stderr
