@@ -53,17 +53,18 @@ from torch import nn
 from torchvision.models.resnet import resnet18, resnet50
 from torchvision.utils import save_image
 
-from samplers import (Refused, ascend, claimed, crop_flip, load_data, load_images, logit, one_line,
-                      progress, save_samples, say, say_how_long, to_float, to_uint8, worst_case,
-                      write)
+from samplers import (Recorded, Refused, ascend, claimed, crop_flip, frozen, load_data, load_images,
+                      logit, one_line, progress, save_samples, say, say_how_long, to_float,
+                      to_uint8, worst_case, write)
 
 
 # ================================================================ the method
 def adversaries(f, x, x_0, K=25, J=5, step=0.1, step_pos=0.1, eps=math.inf, eps_pos=math.inf,
                 norm="l2"):
     """x_pos: data x [B, 3, 32, 32], J steps down the logit; x_neg: p_0's images x_0, K steps up."""
-    x_pos = ascend(logit(f, sign=-1), x, J, step_pos, eps=eps_pos, norm=norm)
-    x_neg = ascend(logit(f), x_0, K, step, eps=eps, norm=norm)
+    with frozen(f):
+        x_pos = ascend(logit(f, sign=-1), x, J, step_pos, eps=eps_pos, norm=norm)
+        x_neg = ascend(logit(f), x_0, K, step, eps=eps, norm=norm)
     return x_pos, x_neg
 
 
@@ -121,12 +122,17 @@ def auc(positive, negative):
 def sample(f, name, x, args):
     """Images x, uint8 [N, 3, 32, 32], moved up the logit, and their mean l2 distance from x."""
     torch.manual_seed(args.sample_seed)
+
+    def chain(x_0):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp), frozen(f):
+            return ascend(logit(f), x_0, args.sample_steps, args.sample_step_size,
+                          eps=args.sample_eps, norm=args.sample_norm, noise=args.sample_noise)
+
+    chain = Recorded(chain, args.record)
     images, moved = [], []
     for batch in progress(x.split(args.sample_batch_size), name):
         x_0 = to_float(batch)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-            x_k = ascend(logit(f), x_0, args.sample_steps, args.sample_step_size,
-                         eps=args.sample_eps, norm=args.sample_norm, noise=args.sample_noise)
+        x_k = chain(x_0)
         images.append(to_uint8(x_k))
         moved.append((x_k - x_0).flatten(1).norm(dim=1))
     return torch.cat(images), torch.cat(moved).mean().item()
@@ -183,6 +189,8 @@ def parse_args(argv=None):
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="bfloat16 in attacks and samplers; None: on CUDA")
+    add("--record", default=False, action=argparse.BooleanOptionalAction,
+        help="an update, a chain: one CUDA graph [ours]; never yet seen to win")
     add("--sampler", default=["ascent", "translation"], choices=("ascent", "translation"),
         nargs="+", help="ascent: from p_0; translation: from --translate-from")
     add("--ood-sets", default=["svhn", "cifar100", "noise"], nargs="*", metavar="SET",
@@ -268,6 +276,17 @@ def train(f, x_train, p_0, args):
     gate = Gate(first_K, args.attack_steps, args.auc_threshold, args.auc_window, most)
     attack = dict(J=args.positive_steps, step=args.attack_step_size, step_pos=args.attack_step_size,
                   eps=args.attack_eps, eps_pos=args.positive_eps, norm=args.norm)
+    parameters = list(f.parameters())
+
+    def loss_and_gradients(x, x_0, K):
+        # bfloat16 for the attacks only: R1 needs float32 at the positives, and negatives in
+        # another precision than theirs would be a cue for D
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            x_pos, x_neg = adversaries(f, x, x_0, K, **attack)
+        loss, f_pos, f_neg = at_ebm_loss(f, x_pos, x_neg, r1)
+        return loss.detach(), f_pos, f_neg, *torch.autograd.grad(loss, parameters)
+
+    loss_and_gradients = Recorded(loss_and_gradients, args.record)
     done = resume(args, model=f, optimizer=optimizer, gate=gate)
     for epoch in range(done, args.epochs):
         losses, areas = [], []
@@ -277,15 +296,11 @@ def train(f, x_train, p_0, args):
             x_0 = to_float(p_0[torch.randint(len(p_0), batch.shape, device=args.device)])
             if not args.smoke:  # digits have a direction
                 x, x_0 = crop_flip(x), crop_flip(x_0)  # [official; mode ood: ours]
-            # bfloat16 for the attacks only: R1 needs float32 at the positives, and negatives in
-            # another precision than theirs would be a cue for D
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                x_pos, x_neg = adversaries(f, x, x_0, K, **attack)
-            loss, f_pos, f_neg = at_ebm_loss(f, x_pos, x_neg, r1)
-            optimizer.zero_grad()
-            loss.backward()
+            loss, f_pos, f_neg, *gradients = loss_and_gradients(x, x_0, K=K)
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(loss.clone())
             areas.append(auc(f_pos, f_neg).item())
             gate.update(areas[-1])
         log(args, epoch=epoch + 1, K=K, loss=torch.stack(losses).mean().item(),
@@ -351,7 +366,8 @@ def detect(f, x_data, x, images=1024, steps=100, eps=1.0):
     x = to_float(x[torch.randperm(len(x), device=x.device)[:images]])
     worst = []
     for batch in progress(x.split(256), "outliers"):
-        _, f_best = worst_case(logit(f), batch, steps, 2.5 * eps / steps, eps=eps, restarts=5)
+        with frozen(f):
+            _, f_best = worst_case(logit(f), batch, steps, 2.5 * eps / steps, eps=eps, restarts=5)
         worst.append(f_best)
     f_data, f_x = scores(f, x_data), scores(f, x)
     f_worst = torch.cat(worst).maximum(f_x)  # worst_case saw x, too: this undoes rounding alone

@@ -44,10 +44,10 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, resnet18, resnet50
 
-from samplers import (Refused, accuracy, ascend, claimed, crop_flip, cross_entropy, frozen,
-                      load_data, log_p_x, log_p_x_given_y, log_p_y_given_x, one_line, progress,
-                      reinforced, save_samples, say, say_how_long, starts, to_float, to_uint8,
-                      write)
+from samplers import (Recorded, Refused, accuracy, ascend, claimed, crop_flip, cross_entropy,
+                      frozen, load_data, log_p_x, log_p_x_given_y, log_p_y_given_x, one_line,
+                      progress, reinforced, save_samples, say, say_how_long, starts, to_float,
+                      to_uint8, write)
 
 
 # ================================================================ the method
@@ -77,12 +77,17 @@ def sample(f, sampler, start, args):
     mean l2 distance from the starts. start: a function from labels to x_0."""
     torch.manual_seed(args.sample_seed)  # all samplers begin at the same points
     labels = torch.arange(args.num_samples, device=args.device) % 10
+
+    def chain(x_0, y):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp), frozen(f):
+            return ascend(SAMPLERS[sampler](f, y), x_0, args.sample_steps, args.sample_step_size,
+                          eps=args.sample_eps, norm=args.sample_norm, noise=args.sample_noise)
+
+    chain = Recorded(chain, args.record)
     images, moved = [], []
     for y in progress(labels.split(args.sample_batch_size), sampler):
         x_0 = start(y)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp), frozen(f):
-            x = ascend(SAMPLERS[sampler](f, y), x_0, args.sample_steps, args.sample_step_size,
-                       eps=args.sample_eps, norm=args.sample_norm, noise=args.sample_noise)
+        x = chain(x_0, y)
         images.append(to_uint8(x))
         moved.append((x - x_0).flatten(1).norm(dim=1))
     return torch.cat(images), labels, torch.cat(moved).mean().item()
@@ -144,6 +149,8 @@ def parse_args(argv=None):
     add("--out", type=os.path.expanduser, default="runs/cem_sup", help="folder of the run")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; None: on CUDA")
+    add("--record", default=False, action=argparse.BooleanOptionalAction,
+        help="an update, a chain: one CUDA graph [ours]; never yet seen to win")
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="[slides]")
@@ -216,6 +223,14 @@ def train(f, x_train, y_train, args):
                                 weight_decay=5e-4)  # [robustness], both
     attack = dict(steps=args.attack_steps, step_size=args.attack_step_size, eps=args.attack_eps,
                   norm=args.norm)
+    parameters = list(f.parameters())
+
+    def loss_and_gradients(x, y):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            loss = at_loss(f, x, y, **attack)
+        return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+    loss_and_gradients = Recorded(loss_and_gradients, args.record)
     done = resume(args, model=f, optimizer=optimizer)
     for epoch in range(done, args.epochs):
         f.train()
@@ -227,12 +242,11 @@ def train(f, x_train, y_train, args):
             x, y = to_float(x_train[batch]), y_train[batch]
             if not args.smoke:  # digits have a direction
                 x = crop_flip(x)  # [assumed; robustness adds colour jitter and a 2-degree rotation]
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                loss = at_loss(f, x, y, **attack)
-            optimizer.zero_grad()
-            loss.backward()
+            loss, *gradients = loss_and_gradients(x, y)
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
             optimizer.step()
-            losses.append(loss.detach())  # stays on the device: nothing waits for it
+            losses.append(loss.clone())  # stays on the device: nothing waits for it
         log(args, epoch=epoch + 1, loss=torch.stack(losses).mean().item(), lr=lr)
         save_checkpoint(args, epoch + 1, model=f, optimizer=optimizer)
 

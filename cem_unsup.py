@@ -53,9 +53,9 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, resnet18, resnet50
 from torchvision.transforms.functional import rgb_to_grayscale
 
-from samplers import (Refused, accuracy, ascend, claimed, cross_entropy, entropy, eval_mode, frozen,
-                      info_nce, load_data, one_line, progress, save_samples, say, say_how_long,
-                      starts, to_float, to_uint8, write)
+from samplers import (Recorded, Refused, accuracy, ascend, claimed, cross_entropy, entropy,
+                      eval_mode, frozen, info_nce, load_data, one_line, progress, save_samples, say,
+                      say_how_long, starts, to_float, to_uint8, write)
 
 
 # ================================================================ the method
@@ -99,15 +99,20 @@ def sample(g, sampler, start, args):
     mean entropy before and after. start: a function from labels to x_0."""
     torch.manual_seed(args.sample_seed)  # all samplers begin at the same points
     labels = torch.arange(args.num_samples, device=args.device) % 10
-    images, entropies = [], []
     tau = args.temperature
+
+    def chain(x_0):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp), frozen(g):
+            return ascend(SAMPLERS[sampler](g, x_0, tau), x_0, args.sample_steps,
+                          args.sample_step_size, eps=args.sample_eps, norm=args.sample_norm,
+                          noise=args.sample_noise)
+
+    chain = Recorded(chain, args.record)
+    images, entropies = [], []
     n_batches = math.ceil(len(labels) / args.sample_batch_size)  # equal ones: H depends on N
     for y in progress(labels.tensor_split(n_batches), sampler):
         x_0 = start(y)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp), frozen(g):
-            x = ascend(SAMPLERS[sampler](g, x_0, tau), x_0, args.sample_steps,
-                       args.sample_step_size, eps=args.sample_eps, norm=args.sample_norm,
-                       noise=args.sample_noise)
+        x = chain(x_0)
         with eval_mode(g), torch.no_grad():
             before, after = batch_entropy(g(x_0), tau), batch_entropy(g(x), tau)
         images.append(to_uint8(x))
@@ -177,6 +182,8 @@ def parse_args(argv=None):
     add("--out", type=os.path.expanduser, default="runs/cem_unsup", help="folder of the run")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; None: on CUDA")
+    add("--record", default=False, action=argparse.BooleanOptionalAction,
+        help="an update, a chain: one CUDA graph [ours]; never yet seen to win")
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="maxent [memory]; pgd [assumed]")
@@ -349,6 +356,14 @@ def train(g, x_train, args):
     views = dict(crop_area=args.crop_area, jitter=args.jitter, gray=args.gray,
                  flip=not args.smoke)  # digits have a direction
     whole = len(x_train) // args.batch_size * args.batch_size  # a smaller last batch is left out
+    parameters = list(g.parameters())
+
+    def loss_and_gradients(x, x_prime):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            loss = cem_loss(g, x, x_prime, args.temperature, args.attack_views, **attack)
+        return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+    loss_and_gradients = Recorded(loss_and_gradients, args.record)
     done = resume(args, model=g, optimizer=optimizer)
     for epoch in range(done, args.epochs):
         g.train()
@@ -360,12 +375,11 @@ def train(g, x_train, args):
             optimizer.param_groups[0]["lr"] = lr
             images = to_float(x_train[batch])
             x, x_prime = augment(images, **views), augment(images, **views)
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                loss = cem_loss(g, x, x_prime, args.temperature, args.attack_views, **attack)
-            optimizer.zero_grad()
-            loss.backward()
+            loss, *gradients = loss_and_gradients(x, x_prime)
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
             optimizer.step()
-            losses.append(loss.detach())  # stays on the device: nothing waits for it
+            losses.append(loss.clone())  # stays on the device: nothing waits for it
         log(args, epoch=epoch + 1, loss=torch.stack(losses).mean().item(), lr=lr)
         save_checkpoint(args, epoch + 1, model=g, optimizer=optimizer)
 

@@ -54,10 +54,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samplers import (Refused, ReplayBuffer, accuracy, ascend, at_least_float32, check_labels,
-                      claimed, crop_flip, cross_entropy, eval_mode, joint_energy_score, load_data,
-                      log_p_x, log_p_x_given_y, one_line, progress, save_samples, say,
-                      say_how_long, sgld, starts, take, to_float, to_uint8, write)
+from samplers import (Recorded, Refused, ReplayBuffer, accuracy, ascend, at_least_float32,
+                      check_labels, claimed, crop_flip, cross_entropy, eval_mode,
+                      joint_energy_score, load_data, log_p_x, log_p_x_given_y, one_line, progress,
+                      save_samples, say, say_how_long, sgld, starts, take, to_float, to_uint8,
+                      write)
 
 
 # ================================================================ the method
@@ -109,14 +110,18 @@ def sample(f, sampler, start, args):
     energies E(x) [N] before the clamp. start: a function from the images' numbers to x_0."""
     torch.manual_seed(args.sample_seed)
     numbers = torch.arange(args.num_samples, device=args.device)
-    images, energies = [], []
-    for batch in progress(numbers.split(args.sample_batch_size), sampler):
-        x_0, y = start(batch), batch % 10
-        score = SAMPLERS[sampler](f, y)
+
+    def chain(x_0, y):
         with eval_mode(f), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             # no clamp, as for the negatives in training
-            x = ascend(score, x_0, args.sample_steps, args.sample_step_size, eps=args.sample_eps,
-                       norm=args.sample_norm, noise=args.sample_noise, clamp=None)
+            return ascend(SAMPLERS[sampler](f, y), x_0, args.sample_steps, args.sample_step_size,
+                          eps=args.sample_eps, norm=args.sample_norm, noise=args.sample_noise,
+                          clamp=None)
+
+    chain = Recorded(chain, args.record)
+    images, energies = [], []
+    for batch in progress(numbers.split(args.sample_batch_size), sampler):
+        x = chain(start(batch), batch % 10)
         with eval_mode(f), torch.no_grad():
             energies.append(energy(f(x)))
         images.append(to_uint8(x))
@@ -178,6 +183,8 @@ def parse_args(argv=None):
     add("--out", type=os.path.expanduser, default="runs/jeat", help="folder of the run")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; None: on CUDA")
+    add("--record", default=False, action=argparse.BooleanOptionalAction,
+        help="an update, a chain: one CUDA graph [ours]; never yet seen to win")
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="buffer: of --method jeat only")
@@ -285,6 +292,15 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
     score = cross_entropy if args.method == "at" else joint_energy_score
     attack = dict(steps=args.attack_steps, step_size=args.attack_step_size, eps=args.attack_eps,
                   norm=args.norm)
+    parameters = list(f.parameters())
+
+    def values_and_gradients(x, y):  # the buffer's chains move on in it
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            loss, pieces = jeat_loss(f, x, y, buffer, score, args.sgld_steps, **attack)
+        values = torch.stack([loss, *pieces]).detach()
+        return values, *torch.autograd.grad(loss, parameters)
+
+    values_and_gradients = Recorded(values_and_gradients, args.record)
     f.train()
     values = []
     batches = torch.randperm(len(x_train), device=args.device).split(args.batch_size)
@@ -295,12 +311,11 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
         if not args.smoke:  # digits have a direction
             x = crop_flip(x, mode="reflect")  # [JEM]
         x = (x + args.input_noise * torch.randn_like(x)).clamp(0, 1)  # clamp [assumed]
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-            loss, pieces = jeat_loss(f, x, y, buffer, score, args.sgld_steps, **attack)
-        optimizer.zero_grad()
-        loss.backward()
+        value, *gradients = values_and_gradients(x, y)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
         optimizer.step()
-        values.append(torch.stack([loss, *pieces]).detach())  # stays on the device
+        values.append(value.clone())  # stays on the device
     values = torch.stack(values)
 
     x, y = to_float(x_train[:250]), y_train[:250]

@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -58,6 +58,7 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     x only: x, the parameters (.grad, requires_grad) and the modules' modes stay as they are.
     ValueError: a wrong argument; a start that is not finite, or outside the box where eps is finite
     (the box would move it further than eps). Refused: a score or a gradient that is not finite.
+    While a CUDA graph is recorded, the numbers are not looked at.
     """
     _check_arguments(x, steps, step_size, eps, norm, noise, random_start)
     x_0 = x.detach().clone()
@@ -66,10 +67,11 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
         raise ValueError(f"clamp must be (low, high), not {clamp}")
     finite = x_0.flatten(1).isfinite().all(1)
     inside = ((x_0 >= low) & (x_0 <= high)).flatten(1).all(1)
-    if not finite.all():  # waits for the device
-        raise ValueError(f"ascend: {_share(~finite)} start at NaN or infinity")
-    if eps < math.inf and not inside.all():
-        raise ValueError(f"ascend: {_share(~inside)} start outside the box {low} ... {high}")
+    if not recording(x):  # these wait for the device
+        if not finite.all():
+            raise ValueError(f"ascend: {_share(~finite)} start at NaN or infinity")
+        if eps < math.inf and not inside.all():
+            raise ValueError(f"ascend: {_share(~inside)} start outside the box {low} ... {high}")
     if steps == 0:
         return x_0
     x_k = x_0
@@ -86,7 +88,7 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
             x_k = x_k + noise * xi
         x_k = project(x_k, x_0, eps, norm).clamp(low, high)
     finite &= x_k.flatten(1).isfinite().all(1)
-    if not finite.all():  # waits once more, whatever the number of steps
+    if not recording(x) and not finite.all():  # waits once more, whatever the number of steps
         raise Refused(f"ascend: {_share(~finite)} met a score or a gradient that is NaN or "
                       f"infinite, or left the finite numbers, in {steps} steps: has the "
                       "training diverged, or is step_size too large?")
@@ -271,6 +273,81 @@ def _check_arguments(x, steps, step_size, eps, norm, noise, random_start):
 
 def _share(marked):
     return f"{int(marked.sum())} of {len(marked)} samples"
+
+
+# ---------------------------------------------------------------- one launch for many kernels
+class Recorded:
+    """fn(*tensors, **constants) -> tensors. On CUDA its kernels become one launch, a CUDA graph:
+    of small batches, thousands of kernels take longer to launch than to run. Elsewhere, and where
+    `on` is False, it is fn itself.
+
+    The first calls with tensors of some shapes run as they are, the next is recorded, and from then
+    on the same kernels are replayed on the same memory. Hence: a result is overwritten by the next
+    call; fn does not wait for the device (`recording`); what it reads besides its arguments stays
+    in place, as parameters and buffers do; a number that changes is one of the constants. Other
+    constants are another program, recorded anew, and the old one's memory is let go.
+
+    Where recording fails, one line says so, and fn runs as it is from then on.
+    """
+
+    device = "cuda"
+
+    def __init__(self, fn, on=True, warmup=3):
+        self.fn, self.on, self.warmup = fn, on, warmup
+        self.constants, self.calls, self.graphs = {}, Counter(), {}
+
+    def __call__(self, *inputs, **constants):
+        if not self.on or inputs[0].device.type != self.device:
+            return self.fn(*inputs, **constants)
+        if constants != self.constants:
+            self.constants, self.calls, self.graphs = constants, Counter(), {}
+        shapes = tuple(x.shape for x in inputs)
+        self.calls[shapes] += 1
+        if self.calls[shapes] <= self.warmup:  # cuDNN chooses its kernels, and so on
+            with _side_stream():
+                return self.fn(*inputs, **constants)
+        if shapes not in self.graphs:
+            try:
+                self.graphs[shapes] = self._record(inputs)
+            except RuntimeError as e:
+                reason = e.__context__ or e  # ending a failed recording fails as well
+                print(f"--record: it goes on without ({str(reason).splitlines()[0]})", flush=True)
+                self.on, self.graphs = False, {}
+        if not self.on:
+            return self.fn(*inputs, **constants)
+        graph, held, outputs = self.graphs[shapes]
+        for mine, x in zip(held, inputs):
+            mine.copy_(x)
+        graph.replay()
+        return outputs
+
+    def _record(self, inputs):
+        """The graph, the inputs that it reads, the outputs that it writes."""
+        held, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        # torch.cuda.graph leaves its stream only where it succeeds, _side_stream in any case
+        with _side_stream() as stream, torch.cuda.graph(graph, stream=stream):
+            outputs = self.fn(*held, **self.constants)
+        return graph, held, outputs
+
+
+def recording(x):
+    """Whether a CUDA graph is being recorded: then nothing may wait for x's device."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def _stream():
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def _side_stream():
+    """One stream for all first calls and recordings: the libraries' workspaces, and autograd's
+    nodes, belong to a stream, and nothing can be recorded on the default one."""
+    _stream().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(_stream()):
+        yield _stream()
+    torch.cuda.current_stream().wait_stream(_stream())
 
 
 # ---------------------------------------------------------------- scores

@@ -1,12 +1,15 @@
-"""What makes the scripts fast, as far as it can be counted without a GPU: operations, and how often a training step
-waits for the device: once for each attack or chain, which says whether all was finite."""
-from contextlib import contextmanager
+"""What makes the scripts fast, as far as it can be seen without a GPU: operations; how often a training step waits for
+the device: once for each attack or chain, which says whether all was finite; and that recorded updates and chains are
+the updates and chains themselves."""
+import json
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import binary_at_ebm
@@ -14,7 +17,13 @@ import cem_sup
 import cem_unsup
 import jeat
 import samplers
-from samplers import ReplayBuffer, crop_flip, entropy
+from samplers import Recorded, ReplayBuffer, crop_flip, entropy
+
+
+def waits(packet, args):
+    """Whether this call makes the host wait for the device."""
+    masks = packet is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
+    return masks or packet in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
 
 
 class Count(TorchDispatchMode):
@@ -25,8 +34,7 @@ class Count(TorchDispatchMode):
         out, packet = function(*args, **(kwargs or {})), function._overloadpacket
         if packet in flop_registry:
             self.operations += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        masks = packet is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
-        self.waits += masks or packet in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        self.waits += waits(packet, args)
         return out
 
 
@@ -151,3 +159,212 @@ def test_similarities_are_a_small_part_of_a_maxent_step(images):
     with Count() as count:
         torch.autograd.grad(entropy(nn.Identity(), 0.5)(z.requires_grad_()).sum(), z)
     assert count.operations >= 2 * 512 ** 3 and count.operations < 0.01 * 512 * 2 * forward
+
+
+# ---------------------------------------------------------------- one launch for many kernels
+class Tape(TorchDispatchMode):
+    """A stand-in for a CUDA graph on a CPU: notes the kernels of its body down, and does them again on the same memory.
+    What a CUDA graph cannot hold, it refuses. Recording runs the kernels, where CUDA only notes them down: so the first
+    replay has nothing left to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        packet, kwargs = function._overloadpacket, kwargs or {}
+        # lift_fresh: a tensor made of Python's numbers is copied from the host
+        if waits(packet, args) or packet in (torch.ops.aten._unique2, torch.ops.aten.lift_fresh):
+            raise RuntimeError(f"{function} waits for the device")
+        out = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        if self.replays == 1:
+            return
+        for function, args, kwargs, out in self.calls:
+            new = function(*args, **kwargs)
+            for a, b in zip(tree_leaves(new), tree_leaves(out)):
+                if torch.is_tensor(a) and a.data_ptr() != b.data_ptr():
+                    b.detach().copy_(a)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Recorded works on a CPU, with tapes for graphs; these are all of them."""
+    tapes, running = [], []
+
+    @contextmanager
+    def graph(tape, stream):
+        tapes.append(tape)
+        running.append(tape)
+        try:
+            with tape:
+                yield
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(Recorded, "device", "cpu")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(samplers, "_side_stream", nullcontext)
+    monkeypatch.setattr(samplers, "recording", lambda x: len(running) > 0)
+    for module in (samplers, jeat):  # it waits on a CPU, not on CUDA
+        monkeypatch.setattr(module, "check_labels", lambda y, *args, **kwargs: y.long())
+    return tapes
+
+
+# jeat records anew in each epoch
+TRAININGS = {
+    "cem_sup": (cem_sup, 20, "--epochs 5 --attack-steps 2"),
+    "cem_sup, bfloat16": (cem_sup, 20, "--epochs 3 --amp"),
+    "cem_unsup": (cem_unsup, 20, "--epochs 3 --attack-views both"),
+    "cem_unsup, one view": (cem_unsup, 20, "--epochs 3 --attack-views one"),
+    "jeat": (jeat, 44, "--epochs 2 --sgld-steps 2 --buffer-size 20"),
+    "at": (jeat, 44, "--epochs 2 --method at --attack-steps 2"),
+    # K = 0, 1, 2, of nine updates each
+    "binary_at_ebm": (binary_at_ebm, 20, "--epochs 9 --attack-steps 2 --auc-window 9 --auc-threshold 0"),
+    "binary_at_ebm, ood": (binary_at_ebm, 20, "--epochs 3 --mode ood --attack-steps 2")}
+
+
+def train(name, out, record, device="cpu"):
+    """Some updates of script.train, the last of each epoch with fewer images -> the weights and buffers, end to end,
+    and each epoch's figures."""
+    script, n, flags = TRAININGS[name]
+    args = script.parse_args(["--smoke", "--batch-size", "8", "--device", device, "--out", str(out),
+                              "--record" if record else "--no-record", *flags.split()])
+    args.amp = "--amp" in flags
+    out.mkdir()
+    torch.manual_seed(0)
+    f = script.make_model(args.arch).to(device, memory_format=torch.channels_last)
+    x, y = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8).to(device), (torch.arange(n) % 10).to(device)
+    data = {cem_sup: (x, y), cem_unsup: (x,), jeat: (x, y), binary_at_ebm: (x, x.flip(0))}[script]
+    if script is jeat:
+        buffer = ReplayBuffer(args.buffer_size, x.shape[1:], device=device) if args.method == "jeat" else None
+        data = buffer, *data
+    script.train(f, *data, args)
+    figures = [json.loads(line) for line in open(out / "log.jsonl")]
+    for row in figures:
+        del row["time"]
+    return torch.cat([t.detach().flatten().double() for t in f.state_dict().values()]), figures
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_recorded_updates_are_the_updates(name, tapes, tmp_path):
+    """The scripts' training loops, bit for bit."""
+    weights, figures = train(name, tmp_path / "eager", record=False)
+    assert len(tapes) == 0
+    recorded, recorded_figures = train(name, tmp_path / "recorded", record=True)
+    assert torch.equal(recorded, weights) and recorded_figures == figures
+    assert sum(tape.replays - 1 for tape in tapes) >= 2  # those that did something
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", TRAININGS)
+def test_recorded_updates_on_cuda(name, tmp_path, monkeypatch, capsys):
+    """The same numbers, up to rounding, which grows along the updates."""
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    weights, figures = train(name, tmp_path / "eager", record=False, device="cuda")
+    assert len(replays) == 0
+    recorded, recorded_figures = train(name, tmp_path / "recorded", record=True, device="cuda")
+    assert "goes on without" not in capsys.readouterr().out and len(replays) >= 3
+    assert (recorded - weights).norm() < 0.01 * weights.norm()
+    assert recorded_figures[0]["loss"] == pytest.approx(figures[0]["loss"], rel=0.02)
+
+
+def chains(script, device, *flags):
+    """script.sample with a random net: its uint8 images."""
+    args = script.parse_args(["--smoke", "--device", device, "--num-samples", "60", "--sample-batch-size", "10",
+                              "--sample-steps", "3", "--sample-noise", "0.01", *flags])
+    args.amp = False
+    torch.manual_seed(0)
+    f = script.make_model(args.arch).to(device, memory_format=torch.channels_last).eval()
+    if script is binary_at_ebm:
+        return script.sample(f, "ascent", torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8).to(device), args)[0]
+    sampler = {cem_sup: "rcs", cem_unsup: "pgd", jeat: "gaussian"}[script]
+    return script.sample(f, sampler, lambda y: torch.rand(len(y), 3, 32, 32, device=device), args)[0]
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_recorded_chains_are_the_chains(script, tapes):
+    images = chains(script, "cpu")
+    assert len(tapes) == 0 and len(images.unique(dim=0)) == 60
+    assert torch.equal(chains(script, "cpu", "--record"), images) and tapes[0].replays == 3
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("script", SMALL)
+def test_recorded_chains_on_cuda(script, capsys):
+    images, recorded = chains(script, "cuda"), chains(script, "cuda", "--record")
+    assert "goes on without" not in capsys.readouterr().out
+    assert (images.int() - recorded.int()).abs().double().mean() < 0.1
+
+
+def test_nothing_is_recorded_unless_asked_for(tapes, monkeypatch):
+    calls, x = [], torch.ones(2)
+
+    def fn(x):
+        calls.append(x)
+        return x + 1
+
+    off = Recorded(fn, on=False)
+    monkeypatch.setattr(Recorded, "device", "cuda")
+    on = Recorded(fn)  # but on a CPU
+    for _ in range(8):
+        assert off(x)[0] == on(x)[0] == 2
+    assert len(calls) == 16 and all(call is x for call in calls) and len(tapes) == 0
+
+
+def test_a_recorded_program_is_of_its_shapes_and_constants(tapes):
+    """Else an attack would keep its first K for ever, and a last batch of an epoch its first size."""
+    weight = torch.ones(1)
+    fn = Recorded(lambda x, K: K * weight * x)
+    for i, (n, K) in enumerate([(3, 1), (2, 1), (3, 2), (3, 2)] * 6 + [(3, 2), (2, 2)] * 6):
+        weight += 1  # in place: the graph reads it
+        assert torch.equal(fn(torch.full((n,), float(i)), K=K), torch.full((n,), float(i * K * (i + 2))))
+    assert len(tapes) == 2 == len(fn.graphs)  # those of the last K; the first ones came with another before the fourth
+
+
+def test_a_recorded_program_sees_new_weights(tapes):
+    """load_state_dict copies in place. Folded batch norms are folded anew in each call."""
+    f, other = (cem_sup.make_model("small-16") for _ in range(2))
+    x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    attack = Recorded(lambda x, y: cem_sup.at_loss(f.eval(), x, y, steps=1, step_size=0.5, eps=0.5).detach())
+    torch.manual_seed(0)
+    first = [attack(x, y).item() for _ in range(6)]
+    f.load_state_dict(other.state_dict())
+    torch.manual_seed(0)
+    second = [attack(x, y).item() for _ in range(6)]
+    torch.manual_seed(0)
+    expected = [cem_sup.at_loss(other.eval(), x, y, steps=1, step_size=0.5, eps=0.5).item() for _ in range(6)]
+    assert tapes[0].replays == 9 and second == expected and first != expected
+
+
+def test_where_recording_fails_it_goes_on_without(tapes, capsys):
+    fn = Recorded(lambda x: x * x.sum().item())
+    for i in range(8):
+        assert torch.equal(fn(torch.full((2,), float(i))), torch.full((2,), 2.0 * i * i))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "aten._local_scalar_dense.default waits for the device" in lines[0] and len(tapes) == 1
+
+
+def test_a_training_that_cannot_be_recorded_goes_on(tapes, tmp_path, monkeypatch, capsys):
+    weights, figures = train("cem_sup", tmp_path / "eager", record=False)
+    monkeypatch.setattr(samplers, "recording", lambda x: False)  # ascend waits
+    recorded, recorded_figures = train("cem_sup", tmp_path / "recorded", record=True)
+    assert torch.equal(recorded, weights) and recorded_figures == figures
+    assert capsys.readouterr().out.count("goes on without") == len(tapes) == 1
+
+
+def test_a_recorded_training_that_diverges_ends(tapes, tmp_path, monkeypatch):
+    """ascend looks for a NaN in the first three calls only; the epoch's log does in any case."""
+    rates = iter([0.0, 0.0, 0.0, 0.0, 1e30, 1e30])
+    monkeypatch.setattr(cem_unsup, "learning_rate", lambda args, t: next(rates))
+    with pytest.raises(ValueError, match="training diverged"):
+        train("cem_unsup", tmp_path / "run", record=True)
+    assert tapes[0].replays == 3 and torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 2
