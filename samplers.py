@@ -205,7 +205,10 @@ def _fold(conv, norm):
     bias = shift * scale
     if norm.affine:
         bias = bias + norm.bias
-    return conv.weight * scale.view(-1, 1, 1, 1), bias
+    weight, device = conv.weight * scale.view(-1, 1, 1, 1), conv.weight.device.type
+    if torch.is_autocast_enabled(device):  # here once, else again in each forward
+        weight, bias = (t.to(torch.get_autocast_dtype(device)) for t in (weight, bias))
+    return weight, bias
 
 
 _traced = WeakKeyDictionary()  # net: its modules when it was traced, its (convolution, norm) pairs
@@ -311,7 +314,7 @@ class Recorded:
                 self.graphs[shapes] = self._record(inputs)
             except RuntimeError as e:
                 reason = e.__context__ or e  # ending a failed recording fails as well
-                print(f"--record: it goes on without ({str(reason).splitlines()[0]})", flush=True)
+                say(f"--record: the run goes on without ({one_line(reason)})")
                 self.on, self.graphs = False, {}
         if not self.on:
             return self.fn(*inputs, **constants)

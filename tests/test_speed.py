@@ -280,7 +280,8 @@ def test_recorded_updates_on_cuda(name, tmp_path, monkeypatch, capsys):
 def chains(script, device, *flags):
     """script.sample with a random net: its uint8 images."""
     args = script.parse_args(["--smoke", "--device", device, "--num-samples", "60", "--sample-batch-size", "10",
-                              "--sample-steps", "3", "--sample-noise", "0.01", *flags])
+                              "--sample-steps", "3", "--sample-step-size", "0.1", "--sample-norm", "l2",
+                              "--sample-noise", "0.01", *flags])
     args.amp = False
     torch.manual_seed(0)
     f = script.make_model(args.arch).to(device, memory_format=torch.channels_last).eval()
