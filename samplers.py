@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -162,7 +162,9 @@ def project(x, x_0, eps, norm):
 
 @contextmanager
 def eval_mode(*modules):
-    """Eval mode inside the `with`; afterwards each submodule has its own mode again."""
+    """Eval mode inside the `with`; afterwards each submodule has its own mode again. A callable
+    that is no module has none."""
+    modules = _modules(modules)
     modes = [(m, m.training) for module in modules for m in module.modules()]
     try:
         for module in modules:
@@ -173,17 +175,21 @@ def eval_mode(*modules):
             m.training = training
 
 
+def _modules(nets):
+    return [net for net in nets if isinstance(net, nn.Module)]
+
+
 @contextmanager
 def frozen(*nets):
     """eval_mode, and each batch norm folded into the convolution before it: the same function to
     rounding, with less work. For attacks and samplers: parameters are constants inside. A pair
-    whose convolution is read elsewhere or has hooks stays as it is, and so does a net that
+    whose convolution is read elsewhere stays as it is, and so does a net that has hooks or that
     torch.fx cannot trace."""
     folded = []
     with eval_mode(*nets):
         try:
-            for conv, norm in [pair for net in nets for pair in _conv_norm_pairs(net)]:
-                if "forward" not in vars(conv) and "forward" not in vars(norm):  # not yet folded
+            for net in _modules(nets):
+                for conv, norm in _conv_norm_pairs(net):
                     weight, bias = _fold(conv, norm)
                     conv.forward = partial(conv._conv_forward, weight=weight, bias=bias)
                     norm.forward = lambda x: x
@@ -211,31 +217,42 @@ def _fold(conv, norm):
     return weight, bias
 
 
-_traced = WeakKeyDictionary()  # net: its modules when it was traced, its (convolution, norm) pairs
+_traced = WeakKeyDictionary()  # net: its state when it was traced, its pairs' names
 
 
 def _conv_norm_pairs(net):
     """(convolution, batch norm) of each norm that alone reads its convolution's output."""
-    modules = dict(net.named_modules())
-    if net not in _traced or _traced[net][0] != modules:
-        try:
-            nodes = fx.symbolic_trace(net).graph.nodes
-        except Exception:  # its forward asks for values: eval mode alone, then
-            nodes = []
-        calls = [node for node in nodes if node.op == "call_module"]
-        uses, pairs = Counter(node.target for node in calls), []
-        for node in calls:
-            conv, norm = node.args[0], modules[node.target]
-            if conv in calls and uses[conv.target] == uses[node.target] == len(conv.users) == 1:
-                pairs.append((modules[conv.target], norm))
-        _traced[net] = modules, [pair for pair in pairs if _can_fold(*pair)]
-    return _traced[net][1]
+    modules = dict(net.named_modules(prefix="0"))  # the names that they have in Sequential(net)
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules.values()):
+        return []
+    # a forward may branch on a module's numbers and flags; references, so that a net can be freed
+    state = [(name, ref(m), {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str))})
+             for name, m in modules.items()]
+    if net not in _traced or _traced[net][0] != state:
+        _traced[net] = state, _names_of_pairs(net)
+    pairs = [(modules[conv], modules[norm]) for conv, norm in _traced[net][1]]
+    return [pair for pair in pairs if _can_fold(*pair)]
+
+
+def _names_of_pairs(net):
+    try:
+        # one level up, so that the net is called as scores call it, with one argument
+        nodes = fx.Tracer().trace(nn.Sequential(net)).nodes
+    except Exception:  # its forward asks for values: eval mode alone, then
+        return []
+    calls, names = [node for node in nodes if node.op == "call_module"], []
+    uses = Counter(node.target for node in calls)
+    for norm in calls:
+        conv = norm.args[0] if norm.args else None
+        if conv in calls and uses[conv.target] == uses[norm.target] == len(conv.users) == 1:
+            names.append((conv.target, norm.target))
+    return names
 
 
 def _can_fold(conv, norm):
-    plain = (type(conv).forward is nn.Conv2d.forward
-             and type(norm).forward is nn.BatchNorm2d.forward and norm.running_var is not None)
-    return plain and not any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
+    plain = type(conv).forward is nn.Conv2d.forward and type(norm).forward is nn.BatchNorm2d.forward
+    replaced = "forward" in vars(conv) or "forward" in vars(norm)  # folded already, for one
+    return plain and not replaced and not norm.training and norm.running_var is not None
 
 
 def _l2(v):

@@ -1,6 +1,10 @@
 """samplers.py against closed forms: steps, projections, laws, scores and the statements that CEM rests on."""
+import copy
+import gc
 import math
+import weakref
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from samplers import (ReplayBuffer, accuracy, ascend, colour_fields, crop_flip, cross_entropy, entropy, eval_mode,
-                      fit_gaussians, info_nce, joint_energy_score, langevin, load_images, log_p_x, log_p_x_given_y,
-                      log_p_y_given_x, logit, project, reinforced, save_samples, sgld, starts, steepest, to_float,
-                      to_uint8, worst_case)
+                      fit_gaussians, frozen, info_nce, joint_energy_score, langevin, load_images, log_p_x,
+                      log_p_x_given_y, log_p_y_given_x, logit, project, reinforced, save_samples, sgld, starts,
+                      steepest, to_float, to_uint8, worst_case)
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -594,6 +599,202 @@ def test_crop_flip_gives_crops_of_the_padded_image(mode):
             share = np.bincount(values) / 1200
             assert len(share) in (2, 9) and np.abs(share - 1 / len(share)).max() < 0.05
         assert np.abs(np.corrcoef(seen) - np.eye(3)).max() < 0.12
+
+
+# ---- frozen: no batch norms ----
+
+def net_of(forward=lambda self, x: self.norm(self.conv(x)), **parts):
+    """A net with this forward, float64, in training mode; none of its batch norms is trivial."""
+    torch.manual_seed(0)
+    f = type("Net", (nn.Module,), {"forward": forward})()
+    for name, part in {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), **parts}.items():
+        setattr(f, name, part)
+    for m in f.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in (m.weight, m.bias, m.running_mean):
+                if t is not None:
+                    nn.init.normal_(t)
+            if m.running_var is not None:
+                nn.init.uniform_(m.running_var, 0.3, 3)
+    return f.double()
+
+
+IMAGES = torch.rand(4, 3, 8, 8, dtype=torch.float64, generator=rng())
+
+
+def assert_frozen_is_eval_mode(f, left):
+    """In values and gradients. `left` batch norms are run nevertheless, and afterwards f is what it was."""
+    score = lambda x: f(x).square().flatten(1).sum(1)  # noqa: E731
+    modes, state = [m.training for m in f.modules()], {k: v.clone() for k, v in f.state_dict().items()}
+    with eval_mode(f):
+        y, slope = f(IMAGES), gradient(score, IMAGES)
+    with frozen(f), mock.patch.object(F, "batch_norm", wraps=F.batch_norm) as batch_norm:
+        close(f(IMAGES), y, rtol=1e-10, atol=1e-10)
+        assert batch_norm.call_count == left
+        close(gradient(score, IMAGES), slope, rtol=1e-9, atol=1e-9)
+    assert [m.training for m in f.modules()] == modes and f.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in f.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in f.parameters())
+    with eval_mode(f):
+        exact(f(IMAGES), y)
+
+
+def resnet(block):
+    """A norm, and two blocks of a ResNet with it, the first of stride 2."""
+    width = 4 * block.expansion
+    shortcut = nn.Sequential(nn.Conv2d(4, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+    return nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True), block(4, 4, 2, shortcut), block(width, 4))
+
+
+@pytest.mark.parametrize("parts", [
+    {}, dict(conv=nn.Conv2d(3, 4, 3, bias=False)), dict(norm=nn.BatchNorm2d(4, affine=False, momentum=None)),
+    dict(norm=nn.BatchNorm2d(4, eps=0.5).eval()), dict(conv=nn.Conv2d(3, 4, 3, 2, 2, padding_mode="reflect")),
+    dict(conv=nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, groups=2))),
+    dict(conv=nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
+    dict(norm=resnet(BasicBlock)), dict(norm=resnet(Bottleneck)), dict(norm=nn.ReLU())])
+def test_frozen_needs_no_batch_norm(parts):
+    assert_frozen_is_eval_mode(net_of(**parts), left=0)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def by_value(self, x):
+    h = self.conv(x)
+    return self.norm(h if h.sum() > 1e9 else -h)
+
+
+def optional(self, x, y=None):
+    h = self.conv(x)
+    return h if y is None else self.norm(h)
+
+
+def plus_itself(self, x):
+    h = self.conv(x)
+    return self.norm(h) + h
+
+
+def two_norms(self, x):
+    h = self.conv(x)
+    return self.norm(h) * self.other(h)
+
+
+@pytest.mark.parametrize("left, forward, parts", [
+    (1, by_value, {}), (0, optional, {}), (1, plus_itself, {}), (2, two_norms, dict(other=nn.BatchNorm2d(4))),
+    (2, lambda self, x: self.norm(self.conv(x)) * self.other(self.conv(x)), dict(other=nn.BatchNorm2d(4))),
+    (2, lambda self, x: self.norm(self.conv(x)) * self.norm(self.other(x)), dict(other=nn.Conv2d(3, 4, 3))),
+    (2, lambda self, x: self.norm(self.norm(self.conv(x))), {}),
+    (1, lambda self, x: self.norm(self.conv(x).relu()), {}),
+    (1, lambda self, x: self.norm(input=self.conv(x)), {})])
+def test_frozen_leaves_norms_that_are_no_pair_with_a_convolution(left, forward, parts):
+    assert_frozen_is_eval_mode(net_of(forward, **parts), left)
+
+
+@pytest.mark.parametrize("parts", [
+    dict(norm=nn.BatchNorm2d(4, track_running_stats=False)), dict(conv=Standardised(3, 4, 3)), dict(norm=Shifted(4)),
+    dict(conv=nn.ConvTranspose2d(3, 4, 3)), dict(conv=nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)))])
+def test_frozen_leaves_other_layers(parts):
+    assert_frozen_is_eval_mode(net_of(**parts), left=1)
+
+
+def test_frozen_leaves_a_norm_that_stays_in_training_mode():
+    f = net_of()
+    f.norm.train = lambda mode: f.norm
+    with eval_mode(f):
+        y = f(IMAGES)
+    with frozen(f):
+        exact(f(IMAGES), y)
+
+
+@pytest.mark.parametrize("path", ["conv", "conv.0", "norm", "norm.2.conv1", ""])
+def test_frozen_leaves_nets_with_hooks(path):
+    """A hook sees what the layer says, also where it comes after a first use."""
+    f, seen = net_of(conv=nn.Sequential(nn.Conv2d(3, 4, 3)), norm=resnet(BasicBlock)), []
+    assert_frozen_is_eval_mode(f, left=0)
+    hook = f.get_submodule(path).register_forward_hook(lambda m, x, y: seen.append(y.clone()))
+    assert_frozen_is_eval_mode(f, left=6)
+    assert len(seen) == 5
+    for y in seen:
+        close(y, seen[0])
+    hook.remove()
+    hook = f.get_submodule(path).register_full_backward_hook(lambda m, dx, dy: None)
+    assert_frozen_is_eval_mode(f, left=6)
+    hook.remove()
+    assert_frozen_is_eval_mode(f, left=0)
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_frozen_restores_the_net(error):
+    f, g = net_of(norm=resnet(BasicBlock)), net_of()
+    before = [dict(vars(m)) for m in [*f.modules(), *g.modules()]]
+    with eval_mode(f, g):
+        y, z = f(IMAGES), g(IMAGES)
+    with pytest.raises(error):
+        with frozen(f.norm), frozen(f, g, f):
+            with frozen(f):
+                close(f(IMAGES), y)
+            close(f(IMAGES), y)
+            close(g(IMAGES), z)
+            raise error
+    assert [vars(m) for m in [*f.modules(), *g.modules()]] == before
+
+
+def test_frozen_follows_a_net_that_changes():
+    f = net_of(lambda self, x: self.head(self.norm(self.conv(x))), head=nn.Identity())
+    assert_frozen_is_eval_mode(f, left=0)
+    f.conv = net_of(conv=nn.Conv2d(3, 4, 5)).conv  # of the same class
+    assert_frozen_is_eval_mode(f, left=0)
+    f.head = net_of(lambda self, x: self.path(self, x) if self.deep else x, conv=nn.Conv2d(4, 4, 1), deep=False,
+                    path=lambda self, x: self.norm(self.conv(x)))
+    assert_frozen_is_eval_mode(f, left=0)
+    f.head.deep = True  # a flag that its forward branches on
+    assert_frozen_is_eval_mode(f, left=0)
+    f.head = copy.deepcopy(f.head)
+    f.head.path = plus_itself
+    assert_frozen_is_eval_mode(f, left=1)
+    with torch.no_grad():  # new weights
+        for p in f.parameters():
+            p += 1
+    assert_frozen_is_eval_mode(f, left=1)
+    with mock.patch("torch.fx.Tracer.trace") as trace, frozen(f):
+        assert not trace.called  # once for each state
+
+
+def test_frozen_nets_are_copied_saved_and_freed(tmp_path):
+    f = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
+    assert_frozen_is_eval_mode(f, left=0)
+    torch.save(f, tmp_path / "f.pt")
+    for g in (copy.deepcopy(f), torch.load(tmp_path / "f.pt", weights_only=False)):
+        assert_frozen_is_eval_mode(g, left=0)
+        f[0].weight.data += 1  # no part of the other's
+        assert_frozen_is_eval_mode(g, left=0)
+    alive = [weakref.ref(m) for m in f.modules()]
+    del f
+    gc.collect()
+    assert not any(m() for m in alive)
+
+
+def test_frozen_under_no_grad_and_autocast():
+    f = net_of(norm=resnet(Bottleneck)).float()
+    x, errors = IMAGES.float(), []
+    y = f.eval()(x)
+    with torch.no_grad(), frozen(f):
+        close(f(x), y, rtol=1e-4, atol=1e-4)
+    with frozen(f):
+        assert not f(x).requires_grad  # the parameters are constants
+    for mode in (eval_mode, frozen):
+        with mode(f), torch.autocast("cpu", torch.bfloat16):
+            errors.append((f(x) - y).norm() / y.norm())
+        with torch.autocast("cpu", torch.bfloat16), mode(f):
+            errors.append((f(x) - y).norm() / y.norm())
+    assert 1e-4 < min(errors) and max(errors) < 2 * errors[0] < 0.1
 
 
 # ---- evaluation and files ----
