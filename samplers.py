@@ -712,20 +712,24 @@ def load_images(name, root="./data", train=True):
     """A set of images, uint8 [N, 3, 32, 32]: cifar100 or svhn, downloaded into root if absent, of
     the train or test split (cifar100-train, svhn-train: always train); or a .npy (a .npz: its
     arr_0), uint8 [N, 32, 32, 3]. Refused: no such file, no download, something else in it."""
-    known, _, split = name.partition("-")
+    known, _, split = str(name).partition("-")
     train = train or split == "train"
     try:
         with ten_seconds_of_silence():
+            fault = f"is not whole in {root}: delete it there, and it is downloaded anew"
             if known == "cifar100" and split in ("", "train"):
                 x = CIFAR100(root, train, download=True).data
             elif known == "svhn" and split in ("", "train"):
                 x = SVHN(root, "train" if train else "test", download=True).data
                 x = x.transpose(0, 2, 3, 1)
             else:
+                fault = "is no .npy or .npz of images, or a damaged one"
                 x = np.load(name, allow_pickle=False)
                 x = x["arr_0"] if isinstance(x, np.lib.npyio.NpzFile) else x
-    except Exception as e:  # torchvision and numpy raise a dozen kinds
+    except (OSError, ImportError) as e:  # no file, no network, no SciPy
         raise Refused(f"{name}: {one_line(e)}") from e
+    except Exception as e:  # torchvision and numpy raise a dozen kinds
+        raise Refused(f"{name} {fault}") from e
     if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3) or len(x) == 0:
         raise Refused(f"{name} must be uint8 [N, 32, 32, 3], not {x.dtype} {list(x.shape)}")
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()

@@ -2,6 +2,7 @@
 import copy
 import gc
 import math
+import pickle
 import weakref
 from functools import partial
 from unittest import mock
@@ -14,8 +15,8 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from samplers import (ReplayBuffer, accuracy, ascend, colour_fields, crop_flip, cross_entropy, entropy, eval_mode,
-                      fit_gaussians, frozen, info_nce, joint_energy_score, langevin, load_images, log_p_x,
+from samplers import (Refused, ReplayBuffer, accuracy, ascend, colour_fields, crop_flip, cross_entropy, entropy,
+                      eval_mode, fit_gaussians, frozen, info_nce, joint_energy_score, langevin, load_images, log_p_x,
                       log_p_x_given_y, log_p_y_given_x, logit, project, reinforced, save_samples, sgld, starts,
                       steepest, to_float, to_uint8, worst_case)
 
@@ -569,12 +570,32 @@ def test_starts(tmp_path):
     close(mean[str(tmp_path / "b.npz")], torch.full((300, 2), 0.2))
     with pytest.raises(ValueError, match="all ten classes"):
         starts("class", x[y < 9], y[y < 9])
-    with pytest.raises(OSError):
-        starts(str(tmp_path / "absent.npy"), x, y)
-    for bad in (images.numpy()[:0], images.numpy().astype(np.float32), np.array([None])):
-        np.save(tmp_path / "bad.npy", bad, allow_pickle=True)
-        with pytest.raises(ValueError, match="bad.npy"):
-            load_images(tmp_path / "bad.npy")
+
+
+@pytest.mark.parametrize("content, message", [
+    (np.zeros((0, 32, 32, 3), np.uint8), "must be uint8"), (np.zeros((2, 32, 32, 3)), "must be uint8"),
+    (np.array([None]), "no .npy or .npz of images"), (b"<html>Not found</html>", "no .npy or .npz of images"),
+    (b"PK\3\4, an archive cut short", "no .npy or .npz of images"), (b"", "no .npy or .npz of images"),
+    (None, "No such file")])
+def test_load_images_says_what_a_file_is_not(tmp_path, content, message):
+    path = tmp_path / "bad.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(Refused, match=message) as error:
+        load_images(path)
+    assert "bad.npy" in str(error.value) and "pickle" not in str(error.value)
+
+
+def test_load_images_says_that_a_data_set_is_not_whole(tmp_path, monkeypatch):
+    """The images are there, a small file beside them is not: torchvision downloads nothing."""
+    (tmp_path / "cifar-100-python").mkdir()
+    batch = {"data": np.zeros((1, 3072), np.uint8), "fine_labels": [0]}
+    (tmp_path / "cifar-100-python" / "train").write_bytes(pickle.dumps(batch))
+    monkeypatch.setattr("torchvision.datasets.CIFAR100._check_integrity", lambda self: True)
+    with pytest.raises(Refused, match="cifar100 is not whole in .*: delete it there, and it is downloaded anew$"):
+        load_images("cifar100", tmp_path)
 
 
 def test_colour_fields_are_smooth():
