@@ -380,18 +380,18 @@ def log_p_y_given_x(f, y):
 
 def log_p_x(f):
     """Langevin (CEM), SGLD (JEM): log p(x) + const = LSE f = -E(x)."""
-    return lambda x: at_least_float32(f(x)).logsumexp(1)
+    return lambda x: outputs(f, x).logsumexp(1)
 
 
 def log_p_x_given_y(f, y):
     """CS (CEM, recalled): log p(x|y) + const = f_y = -E(x, y)."""
-    return lambda x: take(at_least_float32(f(x)), y)
+    return lambda x: take(outputs(f, x), y)
 
 
 def reinforced(f, y):
     """RCS (CEM, recalled): f_y + LSE f."""
     def score(x):
-        logits = at_least_float32(f(x))
+        logits = outputs(f, x)
         return take(logits, y) + logits.logsumexp(1)
     return score
 
@@ -404,10 +404,10 @@ def cross_entropy(f, y):
     -1e-30 * lead, too small to change any loss, keeps the direction there.
     """
     def score(x):
-        logits = at_least_float32(f(x))
+        logits = outputs(f, x)
         if logits.shape[1] < 2:
             raise ValueError("cross-entropy needs logits of at least two classes")
-        labels = check_labels(y, logits.shape)
+        labels = check_labels(y, logits.shape).to(logits.device)
         others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
         lead = take(logits, labels) - others
         return F.softplus(-lead) - 1e-30 * lead
@@ -416,12 +416,12 @@ def cross_entropy(f, y):
 
 def joint_energy_score(f, y):
     """JEAT's attack: raises E(x, y) = -f_y."""
-    return lambda x: -take(at_least_float32(f(x)), y)
+    return lambda x: -take(outputs(f, x), y)
 
 
 def logit(f, sign=1):
     """sign * f(x) of a net with one logit [B, 1] (AT-EBM): +1 moves to the data, -1 away."""
-    return lambda x: sign * at_least_float32(f(x)).squeeze(1)
+    return lambda x: sign * outputs(f, x).squeeze(1)
 
 
 def info_nce(g, positive, temperature, other_positives=True):
@@ -436,10 +436,10 @@ def info_nce(g, positive, temperature, other_positives=True):
     """
     if positive is not None:
         with torch.no_grad():
-            z_prime = _unit(g(positive))
+            z_prime = F.normalize(outputs(g, positive), dim=1)
 
     def score(x):
-        z = _unit(g(x))
+        z = F.normalize(outputs(g, x), dim=1)
         if len(z) < 2:
             raise ValueError("contrast needs a batch of at least two samples")
         if positive is None:
@@ -466,13 +466,9 @@ def entropy(g, temperature):
     def score(x):
         if len(x) < 2:
             raise ValueError("the entropy of a batch needs at least two samples")
-        z = _unit(g(x))
+        z = F.normalize(outputs(g, x), dim=1)
         return -_similarity_to_others(z, z.detach(), temperature).logsumexp(1)
     return score
-
-
-def _unit(z):
-    return F.normalize(at_least_float32(z), dim=1)
 
 
 def _similarity_to_others(z, others, temperature):
@@ -484,15 +480,27 @@ def _similarity_to_others(z, others, temperature):
     return s.masked_fill(torch.eye(*s.shape, dtype=torch.bool, device=s.device), -math.inf)
 
 
+def outputs(f, x):
+    """f(x) [B, K], in float32 or better. ValueError: f returns something else."""
+    f_x = f(x)
+    if not isinstance(f_x, torch.Tensor):
+        raise ValueError(f"a net must return a tensor [{len(x)}, K], not a {type(f_x).__name__}")
+    if f_x.ndim != 2 or len(f_x) != len(x):
+        raise ValueError(f"a net must return [{len(x)}, K], not {list(f_x.shape)}")
+    return at_least_float32(f_x)
+
+
 def at_least_float32(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def check_labels(y, shape, wait=False):
-    """Labels y as int64 [B], for logits of shape (B, K). ValueError: not integers in 0 ... K - 1.
+    """Labels y, a tensor, an array or a list, as int64 [B], for logits of shape (B, K). ValueError:
+    not integers in 0 ... K - 1.
     On CUDA the range is checked with wait=True only, because the check waits for the device.
     Without it, y must be used as an index into the logits: a wrong label is a device assert."""
     n, classes = shape
+    y = torch.as_tensor(y)
     if y.is_floating_point() or y.dtype == torch.bool or y.shape != (n,):
         raise ValueError(f"labels must be integers [{n}], not {y.dtype} {list(y.shape)}")
     y = y.long()
@@ -503,7 +511,8 @@ def check_labels(y, shape, wait=False):
 
 def take(logits, y):
     """f_y [B] of logits [B, K] and labels y [B]."""
-    return logits.gather(1, check_labels(y, logits.shape)[:, None]).squeeze(1)
+    y = check_labels(y, logits.shape).to(logits.device)
+    return logits.gather(1, y[:, None]).squeeze(1)
 
 
 # ---------------------------------------------------------------- starts
