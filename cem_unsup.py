@@ -265,6 +265,8 @@ def augment(x, crop_area=0.1, jitter=0.5, gray=0.2, flip=True):
     def uniform(low, high):
         return low + (high - low) * torch.rand(len(x), 1, 1, 1, device=x.device)
 
+    if x.shape[2] != x.shape[3]:
+        raise ValueError(f"augment: images must be square, not {list(x.shape[2:])}")
     x = resized_crop(x, *random_boxes(len(x), x.shape[-1], crop_area, x.device))
     if flip:
         x = torch.where(uniform(0, 1) < 0.5, x.flip(3), x)

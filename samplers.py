@@ -19,6 +19,7 @@ import shutil
 import socket
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from functools import cache, partial
@@ -33,6 +34,9 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import fx, nn
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
+
+
+ROUNDING = 1e-5  # images may be as far outside their range: un-normalised ones are
 
 
 class Refused(ValueError):
@@ -62,11 +66,9 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     """
     _check_arguments(x, steps, step_size, eps, norm, noise, random_start)
     x_0 = x.detach().clone()
-    low, high = clamp or (-math.inf, math.inf)
-    if not low < high:
-        raise ValueError(f"clamp must be (low, high), not {clamp}")
+    low, high = _box(clamp)
     finite = x_0.flatten(1).isfinite().all(1)
-    inside = ((x_0 >= low) & (x_0 <= high)).flatten(1).all(1)
+    inside = ((x_0 >= low - ROUNDING) & (x_0 <= high + ROUNDING)).flatten(1).all(1)
     if not recording(x):  # these wait for the device
         if not finite.all():
             raise ValueError(f"ascend: {_share(~finite)} start at NaN or infinity")
@@ -100,8 +102,7 @@ def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generat
     """Langevin: x + step_size * grad score(x) + sqrt(2 * step_size * temperature) * xi (the CEM
     slides), with no box by default. Its law tends to exp(score / temperature) as step_size -> 0.
     Otherwise as `ascend`."""
-    if not (step_size >= 0 and temperature >= 0):
-        raise ValueError(f"step_size {step_size} and temperature {temperature} must be >= 0")
+    _check_numbers(step_size=step_size, temperature=temperature)
     noise = math.sqrt(2 * step_size * temperature)
     return sgld(score, x, steps, step_size, noise, clamp=clamp, generator=generator,
                 callback=callback)
@@ -282,13 +283,33 @@ def _check_arguments(x, steps, step_size, eps, norm, noise, random_start):
         raise ValueError("attacks and samplers need gradients: no_grad, not inference_mode")
     if norm not in ("l2", "linf", "none"):
         raise ValueError(f'norm must be "l2", "linf" or "none", not {norm!r}')
-    for name, value in dict(steps=steps, step_size=step_size, eps=eps, noise=noise).items():
-        if not value >= 0 or (value == math.inf and name != "eps"):
-            raise ValueError(f"{name} must be >= 0 and finite, not {value}")
+    _check_numbers(steps=steps, step_size=step_size, eps=eps, noise=noise)
     if random_start and eps == math.inf:
         raise ValueError("random_start needs a finite eps")
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x must be float [B, ...], not {x.dtype} {list(x.shape)}")
+
+
+def _check_numbers(**values):
+    for name, value in values.items():
+        if not _is_number(value) or not value >= 0 or (value == math.inf and name != "eps"):
+            raise ValueError(f"{name} must be a number, >= 0 and finite, not {value!r}")
+
+
+def _is_number(value):
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, (int, float, np.number))
+
+
+def _box(clamp):
+    """low, high"""
+    if clamp is None:
+        return -math.inf, math.inf
+    pair = isinstance(clamp, (tuple, list)) and len(clamp) == 2 and all(map(_is_number, clamp))
+    if not pair or not clamp[0] < clamp[1]:
+        raise ValueError(f"clamp must be None or numbers (low, high), not {clamp!r}")
+    return float(clamp[0]), float(clamp[1])
 
 
 def _share(marked):
@@ -525,16 +546,17 @@ class Gaussians(NamedTuple):
 
     def sample(self, labels, generator=None):
         """float32 [B, ...] in [0, 1], one per label [B]; a pooled fit uses only their number."""
-        device = self.mean.device
+        new = dict(generator=generator, device=self.mean.device, dtype=torch.float32)
+        labels = torch.as_tensor(labels, device=self.mean.device)
         if self.pooled:
             labels = torch.zeros_like(labels)  # one Gaussian for all
         labels = check_labels(labels, (len(labels), len(self.rows)), wait=True)
         x = self.mean.float()[labels].flatten(1)
         for c in labels.unique().tolist():
             i = (labels == c).nonzero().squeeze(1)
-            z = torch.randn(len(i), len(self.rows[c]), generator=generator, device=device)
+            z = torch.randn(len(i), len(self.rows[c]), **new)
             x[i] += z @ self.rows[c]
-        x += math.sqrt(self.jitter) * torch.randn(x.shape, generator=generator, device=device)
+        x += math.sqrt(self.jitter) * torch.randn(x.shape, **new)
         return x.unflatten(1, self.mean.shape[1:]).clamp_(0, 1)
 
 
@@ -546,15 +568,15 @@ def fit_gaussians(x, y=None, jitter=1e-4):
     mu + (X - mu)^T z / sqrt(n) + sqrt(jitter) * xi has that law. Keeps a float32 copy of x.
     ValueError: no images, a class without images, labels that are no class, jitter < 0.
     """
-    check_images(x)
+    x = check_images(x)
     if not 0 <= jitter < math.inf:
         raise ValueError(f"fit_gaussians: jitter must be >= 0, not {jitter}")
     x = to_float(x).float()
-    if y is None:
-        groups = [x]
-    elif y.shape != x.shape[:1] or y.is_floating_point() or y.min() < 0:
-        raise ValueError(f"fit_gaussians: labels must be integers >= 0, [{len(x)}]")
-    else:
+    groups = [x]
+    if y is not None:
+        y = torch.as_tensor(y, device=x.device)
+        if y.shape != x.shape[:1] or y.is_floating_point() or y.min() < 0:
+            raise ValueError(f"fit_gaussians: labels must be integers >= 0, [{len(x)}]")
         groups = [x[y == c] for c in range(int(y.max()) + 1)]
     if min(map(len, groups)) == 0:
         raise ValueError("fit_gaussians: a class without images")
@@ -571,7 +593,7 @@ def starts(kind, x, y, root="./data"):
     kind: "class" or "pooled", Gaussians fitted to images x with labels y; "fields", colour_fields;
     or a set as load_images takes it, of which images are drawn at random. Refused: "class", and one
     of the ten is missing; no such set."""
-    if kind == "class" and len(y.unique()) < 10:
+    if kind == "class" and len(torch.as_tensor(y).unique()) < 10:
         raise Refused("class-wise starts need images of all ten classes")
     if kind in ("class", "pooled"):
         return fit_gaussians(x, y if kind == "class" else None).sample
@@ -580,14 +602,15 @@ def starts(kind, x, y, root="./data"):
     images = load_images(kind, root).to(x.device)
 
     def draw_images(labels):
-        return to_float(images[torch.randint(len(images), labels.shape, device=x.device)])
+        return to_float(images[torch.randint(len(images), (len(labels),), device=x.device)])
     return draw_images
 
 
 def colour_fields(n, cells=4, size=32, generator=None, device="cpu"):
     """Starts that need no data, ours: cells x cells random colours, resized bicubically -> float32
     [n, 3, size, size] in [0, 1], of mean 0.5."""
-    colours = torch.rand(n, 3, cells, cells, generator=generator, device=device)
+    colours = torch.rand(n, 3, cells, cells, generator=generator, device=device,
+                         dtype=torch.float32)
     field = F.interpolate(colours, (size, size), mode="bicubic", align_corners=False)
     return (0.2 + 0.6 * field).clamp(0, 1)
 
@@ -602,7 +625,7 @@ class ReplayBuffer(torch.nn.Module):
             raise ValueError(f"reinit must be a probability, not {reinit}")
         self.reinit = reinit
         self.random = dict(device=device, generator=generator)
-        self.register_buffer("x", torch.rand(size, *shape, **self.random))
+        self.register_buffer("x", torch.rand(size, *shape, dtype=torch.float32, **self.random))
 
     def sample(self, n):
         """Starts x_0 [n, *shape], fresh ones uniform in [0, 1], and their distinct idx [n]."""
@@ -610,7 +633,7 @@ class ReplayBuffer(torch.nn.Module):
             raise ValueError(f"a buffer of {len(self.x)} has no {n} distinct samples")
         idx = torch.randperm(len(self.x), **self.random)[:n]
         x_0 = self.x[idx]
-        noise = torch.rand(x_0.shape, **self.random)
+        noise = torch.rand(x_0.shape, dtype=x_0.dtype, **self.random)
         fresh = torch.rand(n, *[1] * (x_0.ndim - 1), **self.random) < self.reinit
         return torch.where(fresh, noise, x_0), idx
 
@@ -627,20 +650,27 @@ def accuracy(f, x, y, score=None, *, batch_size=250, **ascend_args):
 
     x: uint8, or float in [0, 1], [N, C, H, W]; y: labels [N]; score: e.g. cross_entropy, used as
     score(f, y); ascend_args: of `ascend` (steps, step_size, ...). ValueError: no images, wrong
-    labels, images outside [0, 1], logits that are not finite, ascend_args without a score.
+    labels, images outside [0, 1], logits that are not finite, ascend_args without a score. A
+    warning, where f seems to return probabilities: an attack needs logits.
     """
-    check_images(x)
+    x, y = check_images(x), torch.as_tensor(y, device=x.device)
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"accuracy: labels {list(y.shape)} for {len(x)} images")
     if score is None and ascend_args:
         raise ValueError(f"accuracy: {', '.join(ascend_args)} without a score to ascend")
-    correct, finite = [], []
+    correct, finite, unit = [], [], []
     with eval_mode(f), torch.no_grad():
-        for x_i, y_i in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        for x_i, y_i in zip(x.split(batch_size), y.split(batch_size)):
             x_i = to_float(x_i)
             if score is not None:
                 x_i = ascend(score(f, y_i), x_i, **ascend_args)
-            logits = f(x_i)
+            logits = outputs(f, x_i)
             correct.append(logits.argmax(1) == check_labels(y_i, logits.shape, wait=True))
             finite.append(logits.isfinite().all(1))
+            unit.append(((logits >= 0) & (logits <= 1)).all())
+    if score is not None and torch.stack(unit).all():
+        warnings.warn("accuracy: all outputs are in [0, 1]; if they are probabilities, f looks more "
+                      "robust than it is: leave out its last softmax or sigmoid", stacklevel=2)
     finite = torch.cat(finite)
     if not finite.all():
         raise Refused(f"accuracy: {_share(~finite)} have logits that are NaN or infinite")
@@ -648,14 +678,17 @@ def accuracy(f, x, y, score=None, *, batch_size=250, **ascend_args):
 
 
 def check_images(x):
-    """ValueError: no images, or floats that are not in [0, 1]."""
+    """Images x, uint8 or float in [0, 1]; what a rounding error put beside [0, 1] is put back.
+    ValueError: no images, or others."""
     if len(x) == 0:
         raise ValueError("no images")
-    if x.dtype != torch.uint8:
-        bad = ~((x >= 0) & (x <= 1))  # NaN is bad, too
-        if bad.any():
-            raise ValueError(f"images must be in [0, 1]: {int(bad.sum())} of {x.numel()} pixels "
-                             f"are not, they range from {x.min():.3g} to {x.max():.3g}")
+    if x.dtype == torch.uint8:
+        return x
+    bad = ~((x >= -ROUNDING) & (x <= 1 + ROUNDING))  # NaN is bad, too
+    if bad.any():
+        raise ValueError(f"images must be in [0, 1]: {int(bad.sum())} of {x.numel()} pixels "
+                         f"are not, they range from {x.min():.3g} to {x.max():.3g}")
+    return x.clamp(0, 1)
 
 
 def to_float(x):
@@ -675,12 +708,12 @@ def to_uint8(x):
 
 
 def crop_flip(x, pad=4, mode="constant"):
-    """A random crop of each padded image of x [B, C, S, S], flipped with probability 1/2."""
-    size, each = x.shape[-1], torch.arange(len(x), device=x.device)
-    # every crop, as a view: [B, C, 2 pad + 1, 2 pad + 1, S, S]
-    crops = F.pad(x, (pad,) * 4, mode).unfold(2, size, 1).unfold(3, size, 1)
+    """A random crop of each padded image of x [B, C, H, W], flipped with probability 1/2."""
+    (height, width), each = x.shape[2:], torch.arange(len(x), device=x.device)
+    # every crop, as a view: [B, C, 2 pad + 1, 2 pad + 1, H, W]
+    crops = F.pad(x, (pad,) * 4, mode).unfold(2, height, 1).unfold(3, width, 1)
     row, column = torch.randint(2 * pad + 1, (2, len(x)), device=x.device)
-    x = crops[each, :, row, column]  # [B, C, S, S]
+    x = crops[each, :, row, column]  # [B, C, H, W]
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
 
@@ -776,10 +809,11 @@ def save_samples(prefix, x, labels=None):
     """Write prefix.npz and prefix.png of images x, uint8 or float in [0, 1], [N, C, H, W]. npz, as
     guided-diffusion's: arr_0 uint8 [N, H, W, C] and, with labels, arr_1 int64 [N]. png: 10 x 10
     images at most, with labels a row per class. ValueError: not one label per image, a NaN."""
-    if labels is not None and labels.shape != x.shape[:1]:
-        raise ValueError(f"save_samples: labels {list(labels.shape)} for {len(x)} images")
-    check_images(x)
-    x = to_uint8(x.detach()).cpu()
+    if labels is not None:
+        labels = torch.as_tensor(labels)
+        if labels.shape != x.shape[:1]:
+            raise ValueError(f"save_samples: labels {list(labels.shape)} for {len(x)} images")
+    x = to_uint8(check_images(x).detach()).cpu()
     arrays = [x.permute(0, 2, 3, 1).numpy()]
     shown, columns = torch.arange(min(len(x), 100)), 10
     if labels is not None:

@@ -3,6 +3,7 @@ import copy
 import gc
 import math
 import pickle
+import warnings
 import weakref
 from functools import partial
 from unittest import mock
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from cem_unsup import augment
 from samplers import (Refused, ReplayBuffer, accuracy, ascend, colour_fields, crop_flip, cross_entropy, entropy,
                       eval_mode, fit_gaussians, frozen, info_nce, joint_energy_score, langevin, load_images, log_p_x,
                       log_p_x_given_y, log_p_y_given_x, logit, project, reinforced, save_samples, sgld, starts,
@@ -205,12 +207,25 @@ def test_pgd_reaches_the_constrained_maximum_of_a_quadratic(norm, step, eps):
 @pytest.mark.parametrize("changes, message", [
     (dict(norm="l1"), "norm must"), (dict(steps=-1), "steps must"), (dict(step_size=-0.1), "step_size must"),
     (dict(step_size=math.nan), "step_size"), (dict(eps=-1.0), "eps must"), (dict(noise=-0.1), "noise must"),
+    (dict(eps="0.5"), "eps must"), (dict(eps=None), "eps must"), (dict(step_size=torch.ones(2)), "step_size must"),
+    (dict(steps="7"), "steps must"), (dict(noise=[0.1]), "noise must"), (dict(clamp=0), "clamp must"),
+    (dict(clamp="01"), "clamp must"), (dict(clamp=(0, 1, 2)), "clamp must"), (dict(clamp=(None, 1)), "clamp must"),
+    (dict(clamp=(1, 0)), "clamp must"), (dict(clamp=np.array([0, 1])), "clamp must"),
     (dict(random_start=True), "finite eps"), (dict(x=torch.zeros(2, 3, dtype=torch.uint8)), "float"),
     (dict(x=torch.zeros(2)), "float"), (dict(score=torch.sum), r"\[2\], not \[\]"),
     (dict(score=lambda x: x[:, :1]), r"not \[2, 1\]"), (dict(score=lambda x: x[0]), r"not \[3\]")])
 def test_ascend_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         ascend(**{**dict(score=flat, x=torch.zeros(2, 3), steps=1, step_size=0.1), **changes})
+
+
+def test_numbers_of_numpy_and_tensors_of_one_are_numbers():
+    x, w = torch.rand(4, 3, generator=rng()), randn(4, 3)
+    run = partial(ascend, linear(w), x, generator=rng())
+    expected = ascend(linear(w), x, 3, 0.25, eps=0.5, noise=0.0, clamp=(-0.25, 1))
+    assert expected.min() == -0.25
+    for number in (np.float64, np.float32, torch.tensor, lambda v: torch.tensor([v])):
+        close(run(np.int64(3), number(0.25), eps=number(0.5), noise=number(0.0), clamp=[number(-0.25), 1]), expected)
 
 
 # ---- no side effects ----
@@ -345,9 +360,24 @@ def test_labels_are_numbers_of_classes(make):
     f, x, y = mlp(), randn(4, 6, dtype=torch.float64), torch.tensor([1, 0, 1, 3])
     for dtype in (torch.uint8, torch.int32, torch.int8):  # as many images as classes: no mask
         exact(make(f, y.to(dtype))(x), make(f, y)(x))
-    for bad in (y - 1, y + 1, y - 100, y.float(), y > 0, y[:3], y[:, None]):
+    for other in (y.tolist(), y.numpy(), y.numpy().astype(np.uint8)):
+        exact(make(f, other)(x), make(f, y)(x))
+    for bad in (y - 1, y + 1, y - 100, y.float(), y > 0, y[:3], y[:, None], [0, 1, 2, 4], np.zeros(4)):
         with pytest.raises(ValueError, match="labels must be"):
             make(f, bad)(x)
+
+
+@pytest.mark.parametrize("returned, message", [
+    (lambda z: (z, z), "not a tuple"), (lambda z: {"logits": z}, "not a dict"), (lambda z: z[:, :, None, None], "not"),
+    (lambda z: z[:, 0], r"not \[4\]"), (lambda z: z[:3], r"not \[3, 5\]"), (lambda z: z[None], r"not \[1, 4, 5\]")])
+def test_a_net_that_returns_something_else_is_named(returned, message):
+    """Where its numbers are used: in each score, and in the accuracy."""
+    x, y = torch.rand(4, 3, 8, 8, generator=rng()), torch.arange(4)
+    f = lambda x: returned(x.flatten(1)[:, :5])  # noqa: E731
+    scores = [*(make(f, y) for make in LABELLED), log_p_x(f), logit(f), entropy(f, 1.0)]
+    for use in [*scores, lambda x: info_nce(f, x, 1.0), lambda x: accuracy(f, x, y)]:
+        with pytest.raises(ValueError, match=r"a net must return .*\[4, K\].*" + message):
+            use(x)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -435,8 +465,8 @@ def test_langevin_passes_its_arguments_on():
             for callback in (lambda *args: seen.append(args[0]), None))
     exact(y, z)
     assert seen == [0, 1] and y.aminmax() == torch.tensor([0.2, 0.7]).aminmax()
-    for bad in (-1, math.nan):
-        with pytest.raises(ValueError, match="must be >= 0"):
+    for bad in (-1, math.nan, "1"):
+        with pytest.raises(ValueError, match="temperature must"):
             langevin(flat, x, 1, 0.1, temperature=bad)
 
 
@@ -546,6 +576,7 @@ def test_gaussians_jitter_and_clamp_and_refuse():
             fit_gaussians(images, labels)
     fit = fit_gaussians(x, y)
     exact(fit.sample(y.to(torch.uint8), rng()), fit.sample(y, rng()))  # a number, not a mask
+    exact(fit_gaussians(x, y.tolist()).sample(y.numpy(), rng()), fit.sample(y, rng()))
     for labels in (torch.tensor([0, 3]), torch.tensor([0, -1]), torch.tensor([0.0, 1.0])):
         with pytest.raises(ValueError, match="labels must be"):
             fit.sample(labels)
@@ -608,11 +639,11 @@ def test_colour_fields_are_smooth():
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 def test_crop_flip_gives_crops_of_the_padded_image(mode):
     torch.manual_seed(0)
-    x = torch.rand(1, 3, 8, 8)
+    x = torch.rand(1, 3, 8, 6)
     padded = F.pad(x, (4,) * 4, mode=mode)[0]
     where = [(i, j, flip) for i in range(9) for j in range(9) for flip in (0, 1)]
-    crops = [padded[:, i:i + 8, j:j + 8].flip(2) if flip else padded[:, i:i + 8, j:j + 8] for i, j, flip in where]
-    found = (crop_flip(x.expand(1200, 3, 8, 8), mode=mode)[:, None] == torch.stack(crops)).flatten(2).all(2)
+    crops = [padded[:, i:i + 8, j:j + 6].flip(2) if flip else padded[:, i:i + 8, j:j + 6] for i, j, flip in where]
+    found = (crop_flip(x.expand(1200, 3, 8, 6), mode=mode)[:, None] == torch.stack(crops)).flatten(2).all(2)
     assert found.any(1).all()
     if mode == "constant":  # (a reflected window can equal the flip of another)
         seen = np.array([where[row.nonzero()[0]] for row in found]).T  # each uniform, independent of the others
@@ -620,6 +651,24 @@ def test_crop_flip_gives_crops_of_the_padded_image(mode):
             share = np.bincount(values) / 1200
             assert len(share) in (2, 9) and np.abs(share - 1 / len(share)).max() < 0.05
         assert np.abs(np.corrcoef(seen) - np.eye(3)).max() < 0.12
+
+
+def test_augment_refuses_images_that_are_not_square():
+    for shape in ((2, 3, 8, 6), (2, 3, 6, 8)):
+        with pytest.raises(ValueError, match="augment: images must be square"):
+            augment(torch.rand(shape))
+
+
+def test_starts_are_float32_whatever_the_default():
+    """Under torch.set_default_dtype(torch.float64), too."""
+    x, y = tiny_images()
+    torch.set_default_dtype(torch.float64)
+    try:
+        buffer, fit = ReplayBuffer(4, (3, 2), reinit=0.5), fit_gaussians(x, y)
+        starts_now = [colour_fields(2), buffer.x, buffer.sample(4)[0], fit.sample(y), fit_gaussians(x).sample(y)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(x_0.dtype == torch.float32 for x_0 in starts_now)
 
 
 # ---- frozen: no batch norms ----
@@ -824,12 +873,60 @@ def test_accuracy_counts():
     x, y = torch.eye(4).repeat(5, 1)[:17, :, None, None], torch.arange(17) % 4
     y[:3] = 3 - y[:3]  # three wrong labels of seventeen
     for size in (250, 17, 5):
-        assert accuracy(nn.Flatten(), x, y.to(torch.uint8), batch_size=size) == 14 / 17
-    for images, labels in ((x[:0], y[:0]), (x, y[:5]), (x, y - 1), (255 * x, y), (x - 1, y)):
-        with pytest.raises(ValueError):
-            accuracy(nn.Flatten(), images, labels, batch_size=20)
+        for labels in (y.to(torch.uint8), y.tolist(), y.numpy()):
+            assert accuracy(nn.Flatten(), x, labels, batch_size=size) == 14 / 17
+    for images, labels, message in ((x[:0], y[:0], "no images"), (x, y[:5], r"labels \[5\] for 17 images"),
+                                    (x, y - 1, "labels must be in 0 ... 3"), (255 * x, y, "range from 0 to 255"),
+                                    (2 * x - 1, y, "range from -1 to 1"), (1.001 * x, y, "17 of 68 pixels")):
+        for size in (20, 5):
+            with pytest.raises(ValueError, match=message):
+                accuracy(nn.Flatten(), images, labels, batch_size=size)
     with pytest.raises(ValueError, match="without a score"):  # else a clean accuracy for an attacked one
         accuracy(nn.Flatten(), x, y, steps=3)
+
+
+def test_accuracy_of_a_plain_function():
+    """Its modes are its own affair; under attack, too."""
+    f, x, y = nn.Flatten(), torch.eye(4)[:, :, None, None], torch.arange(4)
+    attack = dict(steps=2, step_size=0.3, eps=0.6, norm="linf")
+    for score in ({}, dict(score=cross_entropy, **attack)):
+        assert accuracy(lambda x: 9 * f(x) - 3, x, y, **score) == accuracy(nn.Sequential(f, Scaled()), x, y, **score)
+        assert f.training
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return 9 * x - 3
+
+
+@pytest.mark.parametrize("gap", [1e-7, 1e-6])
+def test_images_may_leave_their_range_by_a_rounding_error(tmp_path, gap):
+    """As un-normalised ones do: they are taken, and put back."""
+    x, y = torch.eye(4)[:, :, None, None].expand(4, 4, 2, 2), torch.arange(4)
+    outside = (1 + 2 * gap) * x - gap
+    assert outside.min() < 0 and outside.max() > 1
+    f = lambda x: 9 * x.mean((2, 3)) - 3  # noqa: E731
+    for attack in ({}, dict(score=cross_entropy, steps=1, step_size=0.1, eps=0.1)):
+        assert accuracy(f, outside, y, **attack) == 1
+    assert ascend(flat, outside, 1, 0.1, eps=0.1).aminmax() == (0, 1)
+    exact(fit_gaussians(outside).mean, fit_gaussians(x).mean)
+    save_samples(tmp_path / "a", outside[:, :3])
+    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], 255 * x[:, :3].permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.parametrize("end", [nn.Softmax(1), nn.Sigmoid()])
+def test_a_net_that_returns_probabilities_is_noticed_under_attack(end):
+    """There robustness is overstated; a clean accuracy is right all the same."""
+    f, x, y = nn.Sequential(image_net(), end), torch.rand(6, 3, 8, 8, generator=rng()), torch.arange(6) % 5
+    attack = dict(score=cross_entropy, steps=1, step_size=0.1, eps=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        accuracy(f, x, y)
+        accuracy(f[0], x, y, **attack)
+        assert not caught
+        accuracy(f, x, y, batch_size=2, **attack)
+    (warning,) = caught
+    assert "more robust than it is" in str(warning.message) and warning.filename == __file__
 
 
 def test_accuracy_under_attack():
@@ -883,7 +980,7 @@ def test_save_samples(tmp_path, n, labels, rows, columns, shown):
     x = torch.randint(256, (n, 3, 4, 5), dtype=torch.uint8, generator=rng())
     nhwc, y = x.permute(0, 2, 3, 1).numpy(), None if labels is None else torch.tensor(labels)
     save_samples(tmp_path / "a.b", (x - 0.3).clamp(min=0) / 255, y)  # to the nearest; a dot in the name
-    save_samples(str(tmp_path / "c"), x, y)
+    save_samples(str(tmp_path / "c"), x, labels)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.b.npz", "a.b.png", "c.npz", "c.png"]
     for name in ("a.b", "c"):
         with np.load(tmp_path / f"{name}.npz") as file:
