@@ -669,8 +669,8 @@ def accuracy(f, x, y, score=None, *, batch_size=250, **ascend_args):
             finite.append(logits.isfinite().all(1))
             unit.append(((logits >= 0) & (logits <= 1)).all())
     if score is not None and torch.stack(unit).all():
-        warnings.warn("accuracy: all outputs are in [0, 1]; if they are probabilities, f looks more "
-                      "robust than it is: leave out its last softmax or sigmoid", stacklevel=2)
+        warnings.warn("accuracy: all outputs are in [0, 1]: if they are probabilities, f looks "
+                      "more robust than it is; leave out its softmax or sigmoid", stacklevel=2)
     finite = torch.cat(finite)
     if not finite.all():
         raise Refused(f"accuracy: {_share(~finite)} have logits that are NaN or infinite")

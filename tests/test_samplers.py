@@ -577,6 +577,7 @@ def test_gaussians_jitter_and_clamp_and_refuse():
     fit = fit_gaussians(x, y)
     exact(fit.sample(y.to(torch.uint8), rng()), fit.sample(y, rng()))  # a number, not a mask
     exact(fit_gaussians(x, y.tolist()).sample(y.numpy(), rng()), fit.sample(y, rng()))
+    exact(fit_gaussians(x).sample(y.tolist(), rng()), fit_gaussians(x).sample(y, rng()))
     for labels in (torch.tensor([0, 3]), torch.tensor([0, -1]), torch.tensor([0.0, 1.0])):
         with pytest.raises(ValueError, match="labels must be"):
             fit.sample(labels)
@@ -922,7 +923,8 @@ def test_a_net_that_returns_probabilities_is_noticed_under_attack(end):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         accuracy(f, x, y)
-        accuracy(f[0], x, y, **attack)
+        for logits in (f[0], lambda x: 20 * f(x)):
+            accuracy(logits, x, y, **attack)
         assert not caught
         accuracy(f, x, y, batch_size=2, **attack)
     (warning,) = caught
