@@ -1,13 +1,12 @@
 """cem_unsup.py: its scores against loops, loss and samplers by hand, the views, MaxEnt on a circle; what the smoke run
-learns, beside its controls; resume; bad input."""
+learns, beside its controls; its sets of samples, resume, wrong flags."""
 import copy
 import json
 import math
 import os
 import sys
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,22 +18,22 @@ from torch import nn
 from torchvision.transforms import RandomResizedCrop
 
 import cem_unsup
-import conftest
+import samplers
 from cem_unsup import batch_entropy, cem_loss, linear_probe, nt_xent
-from conftest import run_script
+from conftest import DRAW, error, run_script
 from samplers import accuracy, ascend, cross_entropy, entropy, eval_mode, fit_gaussians, info_nce
 
 NAMES = {"maxent-uncond", "maxent-cond", "pgd-uncond", "pgd-cond"}
 TINY = ["--smoke", "--limit", "20", "--batch-size", "8", "--num-samples", "20", "--epochs", "2", "--sample-steps", "2",
         "--attack-steps", "1", "--device", "cpu"]
-DRAWN = cache(cem_unsup.draw)
 TAU = cem_unsup.parse_args(["--smoke"]).temperature
 close = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-10)
 
 
-@pytest.fixture(autouse=True)
-def drawn_once(monkeypatch):
-    monkeypatch.setattr(cem_unsup, "draw", DRAWN)
+@pytest.fixture
+def few_images(monkeypatch):
+    """Enough for TINY; drawing all takes seconds."""
+    monkeypatch.setattr(samplers, "drawn_digits", lambda n, seed: DRAW(40, seed))
 
 
 def encoder(seed=0):
@@ -58,7 +57,7 @@ def small():
 
 def drawn_views(n, seed=0):
     torch.manual_seed(seed)
-    x = cem_unsup.draw(n, seed)[0] / 255
+    x = DRAW(n, seed)[0] / 255
     return cem_unsup.augment(x), cem_unsup.augment(x)
 
 
@@ -122,7 +121,7 @@ def gaps(x):
     return torch.diff(a, append=a[:1] + 2 * math.pi) * len(x) / (2 * math.pi)  # 1: even
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_on_a_circle_maxent_spreads_and_pgd_gathers(seed):
     g, tau, h = nn.Identity(), 0.5, []
     a = 2 * math.pi * torch.rand(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -210,12 +209,12 @@ def test_without_an_attack_it_is_contrastive_learning(views):
 
 
 @pytest.mark.parametrize("sampler", ["maxent", "pgd"])
-def test_sample_moves_equal_batches_up_the_score(sampler, monkeypatch):
+def test_sample_moves_equal_batches_up_the_score(sampler):
     """By hand, in batches of 4, 3 and 3; with their entropy before and after; in eval mode."""
     g, x_0, sizes = small(), [], []
-    monkeypatch.setattr(cem_unsup, "progress", lambda batches, what: batches)
-    args = SimpleNamespace(num_samples=10, sample_batch_size=4, seed=3, device="cpu", amp=False, temperature=0.2,
-                           sample_steps=2, sample_step_size=0.8, sample_eps=1.2, sample_norm="l2", sample_noise=0.0)
+    flags = ("--num-samples 10 --sample-batch-size 4 --sample-seed 3 --temperature 0.2 --sample-steps 2 "
+             "--sample-step-size 0.8 --sample-eps 1.2 --device cpu")
+    args = cem_unsup.parse_args(flags.split())
 
     def start(labels):
         sizes.append(labels.tolist())
@@ -298,7 +297,7 @@ def pictures(n=40):
     torch.manual_seed(0)
     flat = torch.rand(n // 4, 3, 1, 1).expand(-1, -1, 32, 32).clone()
     flat[0], flat[1], flat[2] = 0, 1, 0.5
-    return torch.cat([torch.rand(n // 2, 3, 32, 32), cem_unsup.draw(n // 4, 3)[0] / 255, flat])
+    return torch.cat([torch.rand(n // 2, 3, 32, 32), DRAW(n // 4, 3)[0] / 255, flat])
 
 
 @pytest.mark.parametrize("change", ["brightness", "contrast", "saturation", "hue"])
@@ -386,12 +385,12 @@ def trained(out):
 
 
 def pooled_starts():
-    return fit_gaussians(cem_unsup.draw(2000, 0)[0]).sample(torch.arange(100), torch.Generator().manual_seed(0))
+    return fit_gaussians(DRAW(2000, 0)[0]).sample(torch.arange(100), torch.Generator().manual_seed(0))
 
 
 def learning(g):
     """Every figure of the claim, of one encoder."""
-    (x, y), (x_test, y_test) = cem_unsup.draw(2000, 0), cem_unsup.draw(250, 1)  # as --smoke
+    (x, y), (x_test, y_test) = DRAW(2000, 0), DRAW(250, 1)  # as --smoke
     torch.manual_seed(0)
     probe = linear_probe(g, x, y)
     return {"clean": accuracy(probe, x_test, y_test),
@@ -407,37 +406,41 @@ def coarse(g):
     return float(16 * F.avg_pool2d(d, 4).square().sum() / d.square().sum())
 
 
+@pytest.mark.slow
 def test_smoke_writes_everything(cem_unsup_smoke):
     out = cem_unsup_smoke.out
     results = json.loads((out / "results.json").read_text())
-    assert {"args", "versions", "device", "seconds", "accuracy", "samples"} <= set(results)
-    assert set(results["samples"]) == NAMES
+    assert set(results) == {"checkpoint", "epochs", "training", "versions", "accuracy", "samples"}
+    assert set(results["samples"]) == {f"{name}_num-samples-20" for name in NAMES} and results["accuracy"]["n"] == 250
     before = {}
     for name, row in results["samples"].items():
-        assert row["n"] == 20 and row["fid"] is None and row["reason"]
+        sampler, start = name.split("_")[0].split("-")
+        assert row["n"] == 20 and row["fid"] is None and "digits" in row["reason"]
         z = np.load(out / f"samples_{name}.npz")
         assert z["arr_0"].shape == (20, 32, 32, 3) and z["arr_0"].dtype == np.uint8
-        assert name.endswith("uncond") != ("arr_1" in z)  # only cond has classes
-        assert Image.open(out / f"samples_{name}.png").size == ((342, 70) if name.endswith("uncond") else (70, 342))
-        assert (row["entropy"][1] > row["entropy"][0]) == name.startswith("maxent")
-        before.setdefault(name.split("-")[1], set()).add(row["entropy"][0])
+        assert ("arr_1" in z) == (start == "cond")  # only these have classes
+        assert Image.open(out / f"samples_{name}.png").size == ((70, 342) if start == "cond" else (342, 70))
+        assert (row["entropy"][1] > row["entropy"][0]) == (sampler == "maxent")
+        before.setdefault(start, set()).add(row["entropy"][0])
     assert all(len(s) == 1 for s in before.values())  # both samplers start from the same points
     losses = [json.loads(line)["loss"] for line in open(out / "log.jsonl")]
-    assert len(losses) == results["args"]["epochs"] and losses[-1] < losses[0]
+    assert len(losses) == results["epochs"] and losses[-1] < losses[0]
 
 
-def test_attacked_training_learns_what_its_controls_do_not(cem_unsup_smoke, cem_unsup_twin):
-    """After half of README's training, where five seeds are."""
-    reported, twin = (json.loads((run.out / "results.json").read_text())["accuracy"]
-                      for run in (cem_unsup_smoke, cem_unsup_twin))
-    twin["coarse"] = coarse(trained(cem_unsup_twin.out))
+@pytest.mark.slow
+def test_attacked_training_learns_what_its_controls_do_not(cem_unsup_smoke, cem_unsup_control):
+    """After half of the training that RESULTS.md's table is of, where five seeds are."""
+    reported, control = (json.loads((run.out / "results.json").read_text())["accuracy"]
+                         for run in (cem_unsup_smoke, cem_unsup_control))
+    control["coarse"] = coarse(trained(cem_unsup_control.out))
     attacked, untrained = learning(trained(cem_unsup_smoke.out)), learning(small().eval())
-    print(json.dumps({"attacked": attacked, "twin": twin, "untrained": untrained}))
-    assert attacked["pgd20"] >= 0.1 and attacked["pgd20"] > max(twin["pgd20"], untrained["pgd20"]) + 0.08
-    assert attacked["coarse"] >= 0.4 and attacked["coarse"] >= 1.5 * max(twin["coarse"], untrained["coarse"])
+    print(json.dumps({"attacked": attacked, "control": control, "untrained": untrained}))
+    assert attacked["pgd20"] >= 0.1 and attacked["pgd20"] > max(control["pgd20"], untrained["pgd20"]) + 0.08
+    assert attacked["coarse"] >= 0.4 and attacked["coarse"] >= 1.5 * max(control["coarse"], untrained["coarse"])
     assert all(abs(reported[name] - attacked[name]) < 0.04 for name in ("clean", "pgd20"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", ["one", "both"])
 def test_the_attack_ends_above_its_start(cem_unsup_smoke, views):
     for seed in range(3):
@@ -449,6 +452,7 @@ def test_the_attack_ends_above_its_start(cem_unsup_smoke, views):
         assert score(x_hat).mean() > max(losses[0], score(x_0).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler, alphas, sign", [("maxent", (0.1, 0.5), 1), ("pgd", (0.1, 0.25), -1)])
 def test_each_of_ten_steps_moves_the_batch_entropy(cem_unsup_smoke, sampler, alphas, sign):
     """MaxEnt up (on any net: this tests the sampler), PGD down (on attacked nets)."""
@@ -463,47 +467,53 @@ def test_each_of_ten_steps_moves_the_batch_entropy(cem_unsup_smoke, sampler, alp
 # ---------------------------------------------------------------- the run
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, capsys, monkeypatch):
-    """Weights, momentum, random numbers, figures and samples, bit for bit."""
+def finished(out, *flags):
+    """cem_unsup.main with TINY and the flags -> its results, and the files of the folder."""
+    cem_unsup.main([*TINY, "--out", str(out), *flags])
+    return json.loads((out / "results.json").read_text()), {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def images(out, name):
+    return np.load(out / f"samples_{name}.npz")["arr_0"]
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(few_images, tmp_path, capsys, monkeypatch):
+    """The views' random numbers and the momentum, too."""
     whole, stopped, save = tmp_path / "whole", tmp_path / "stopped", cem_unsup.save_checkpoint
-    cem_unsup.main([*TINY, "--out", str(whole)])
+    finished(whole)
 
     def interrupt(args, epoch, **parts):
         save(args, epoch, **parts)
         raise KeyboardInterrupt
-    monkeypatch.setattr(cem_unsup, "save_checkpoint", interrupt)
-    conftest.error(cem_unsup, capsys, *TINY, "--out", stopped, code=130)
-    monkeypatch.setattr(cem_unsup, "save_checkpoint", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(cem_unsup, "save_checkpoint", interrupt)
+        error(cem_unsup, capsys, *TINY, "--out", stopped, code=130)
     torch.manual_seed(99)
-    cem_unsup.main([*TINY, "--out", str(stopped)])
+    rows = finished(stopped)[0]["samples"]
     for part in ("model", "optimizer", "rng"):
         one, two = (torch.load(out / "checkpoint.pt", weights_only=True)[part] for out in (whole, stopped))
         torch.testing.assert_close(one, two, rtol=0, atol=0)
-    one, two = (json.loads((out / "results.json").read_text()) for out in (whole, stopped))
-    assert one["accuracy"] == two["accuracy"]
-    assert all(row["entropy"] == two["samples"][name]["entropy"] for name, row in one["samples"].items())
-    for name in NAMES:
-        assert np.array_equal(*(np.load(out / f"samples_{name}.npz")["arr_0"] for out in (whole, stopped)))
-    flags = ["--sampler", "pgd", "--start", "fields", "class", "--seed-split", "test", "--sample-steps", "0"]
-    cem_unsup.main([*TINY, "--out", str(stopped), *flags])  # once trained, it samples
-    assert set(json.loads((stopped / "results.json").read_text())["samples"]) == {"pgd-fields", "pgd-cond"}
-    cem_unsup.main([*TINY, "--out", str(whole), "--sampler", "pgd", "--start", "class", "--sample-steps", "0"])
-    assert not np.array_equal(*(np.load(out / "samples_pgd-cond.npz")["arr_0"] for out in (whole, stopped)))
+    assert all(np.array_equal(images(whole, name), images(stopped, name)) for name in rows)
 
 
-def test_defaults():
-    """METHODS' values: ACL's schedule, temperature and attack; supervised CEM's sampling path."""
-    wanted = dict(arch="resnet50", temperature=0.5, batch_size=512, lr=0.5, warmup_epochs=10, epochs=1000,
-                  crop_area=0.1, jitter=0.5, gray=0.2, attack_views="both", norm="linf", attack_eps=8 / 255,
-                  attack_steps=5, attack_step_size=2 / 255, sample_norm="l2", sample_steps=60, sample_step_size=0.5,
-                  sample_eps=30, sample_noise=0, sample_batch_size=512, num_samples=50000, seed_split="train",
-                  sampler=["maxent", "pgd"], start=["pooled", "class"])
-    args = cem_unsup.parse_args([])
-    assert {k: vars(args)[k] for k in wanted} == wanted
-    assert {"temperature", "attack_views", "crop_area", "jitter", "gray", "warmup_epochs"} <= set(args.training_names)
+def test_a_set_of_samples_for_each_sampler_and_start(few_images, tmp_path):
+    """A second sampling leaves the first as it is. Without steps: the starts, the same ones of both samplers."""
+    first, files = finished(tmp_path)
+    results, later = finished(tmp_path, "--start", "fields", "class", "pooled", "--sample-steps", "0")
+    added = {f"{sampler}-{name}_num-samples-20_steps-0": kind for sampler in ("maxent", "pgd")
+             for name, kind in (("uncond", "pooled"), ("cond", "class"), ("fields", "fields"))}
+    assert results["samples"].keys() == first["samples"].keys() | added.keys() and len(first["samples"]) == 4
+    assert all(results["samples"][name] == row for name, row in first["samples"].items())
+    assert all(later[name] == content for name, content in files.items() if name != "results.json")
+    for name, kind in added.items():
+        assert results["samples"][name]["flags"]["start"] == kind
+        assert np.array_equal(images(tmp_path, name), images(tmp_path, name.replace("maxent", "pgd")))
+    finished(tmp_path, "--start", "class", "--sampler", "pgd", "--start-split", "test", "--sample-steps", "0")
+    one, two = (images(tmp_path, f"pgd-cond_{split}num-samples-20_steps-0") for split in ("", "start-split-test_"))
+    assert not np.array_equal(one, two)
 
 
-def test_training_passes_on_its_flags_and_two_views_of_whole_batches(tmp_path, monkeypatch):
+def test_training_passes_on_its_flags_and_two_views_of_whole_batches(few_images, tmp_path, monkeypatch):
     seen, rates, step = [], [], torch.optim.SGD.step
 
     def record(g, x, x_prime, *numbers, **attack):
@@ -517,35 +527,27 @@ def test_training_passes_on_its_flags_and_two_views_of_whole_batches(tmp_path, m
     monkeypatch.setattr(cem_unsup, "cem_loss", record)
     monkeypatch.setattr(torch.optim.SGD, "step", record_step)
     args = cem_unsup.parse_args([
-        *TINY, "--limit", "70", "--batch-size", "32", "--out", str(tmp_path), "--attack-views", "one", "--norm", "linf",
+        *TINY, "--limit", "40", "--batch-size", "16", "--out", str(tmp_path), "--attack-views", "one", "--norm", "linf",
         "--temperature", "0.2", "--attack-steps", "4", "--attack-step-size", "0.03", "--attack-eps", "0.04",
         "--epochs", "10", "--warmup-epochs", "2", "--lr", "0.6"])
-    cem_unsup.train(small(), cem_unsup.load_data(args)[0], args)
+    cem_unsup.train(small(), samplers.load_data(args)[0], args)
     attack = dict(steps=4, step_size=0.03, eps=0.04, norm="linf")
-    assert seen == [(32, 0.2, "one", attack)] * 20  # two batches an epoch: the third is incomplete
+    assert seen == [(16, 0.2, "one", attack)] * 20  # two batches an epoch: the third is incomplete
     t = (np.arange(18) + 0.5) / 18
     expected = [0.6 / 4, 0.6 * 3 / 4, *(0.3 * (1 + np.cos(np.pi * t)))]  # warm for a tenth of the epochs at most
     np.testing.assert_allclose(rates, [[lr, 0.9, 1e-4] for lr in expected])
-    long = SimpleNamespace(lr=1.0, warmup_epochs=10, epochs=200)
+    long = cem_unsup.parse_args(["--lr", "1", "--epochs", "200"])
     assert [cem_unsup.learning_rate(long, t) for t in (5, 10, 105)] == pytest.approx([0.5, 1, 0.5])
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--arch vgg", "vgg"), ("--attack-views none", "none"), ("--sampler gan", "gan"), ("--start noise", "noise"),
-    ("--temperature 0", "temperature"), ("--temperature -1", "temperature"), ("--lr nan", "lr"),
-    ("--warmup-epochs -1", "warmup"), ("--crop-area 0", "crop"), ("--jitter 1.5", "jitter"), ("--gray -1", "gray"),
-    ("--attack-eps inf", "attack-eps"), ("--batch-size 1", "batch-size"), ("--num-samples 1", "num-samples"),
+    ("--attack-views none", "none"), ("--start noise", "noise"), ("--temperature 0", "temperature"),
+    ("--crop-area 0", "crop"), ("--jitter 1.5", "jitter"), ("--batch-size 1", "batch-size"),
     ("--sample-batch-size 2", "sample-batch"), ("--batch-size 21", "--batch-size 21"),
     ("--limit 9 --batch-size 4", "ten classes")])
-def test_wrong_flags(flags, words, capsys, tmp_path):
-    assert words in conftest.error(cem_unsup, capsys, *TINY, "--out", tmp_path / "out", *flags.split())
+def test_wrong_flags(flags, words, few_images, capsys, tmp_path):
+    assert words in error(cem_unsup, capsys, *TINY, "--out", tmp_path / "out", *flags.split())
     assert not (tmp_path / "out").exists()
-
-
-def test_divergence_is_not_saved(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cem_unsup, "cem_loss", lambda g, x, *rest, **attack: g(x).sum() * float("nan"))
-    assert "diverged" in conftest.error(cem_unsup, capsys, *TINY, "--out", tmp_path)
-    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 @pytest.mark.data
@@ -560,10 +562,10 @@ def test_real_data(tmp_path):
 def test_smoke_on_cuda(tmp_path):
     run_script("cem_unsup", "--smoke", "--device", "cuda", "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["args"]["amp"] and results["accuracy"]["pgd20"] > 0.15
+    assert results["accuracy"]["pgd20"] > 0.15
     assert all((r["entropy"][1] > r["entropy"][0]) == n.startswith("maxent") for n, r in results["samples"].items())
 
 
-if __name__ == "__main__":  # PYTHONPATH=. python tests/test_cem_unsup.py RUN TWIN: README's figures
+if __name__ == "__main__":  # PYTHONPATH=. python tests/test_cem_unsup.py RUN CONTROL: RESULTS.md's figures
     nets = {"untrained": small().eval(), **{out: trained(out) for out in sys.argv[1:]}}
     print(json.dumps({name: learning(g) for name, g in nets.items()}, indent=1))

@@ -1,10 +1,10 @@
-"""jeat.py: the loss, the attack, the negatives and the samplers by hand; the net; the smoke run and its claims beside
-the unattacked twin's; resume with the replay buffer; divergence; wrong flags."""
+"""jeat.py: the loss, the attack, the negatives and the samplers by hand; the net; training, resume with the replay
+buffer, divergence, wrong flags; the smoke run and its claims beside the control's."""
 import json
 import math
 import os
 import sys
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from PIL import Image
 
 import conftest
 import jeat
-from conftest import run_script, train_judge
+import samplers
+from conftest import DRAW, run_script, train_judge
 from jeat import energy, jeat_loss, joint_energy
 from samplers import (ReplayBuffer, accuracy, ascend, cross_entropy, fit_gaussians, joint_energy_score, log_p_x,
                       log_p_x_given_y, sgld, to_float, to_uint8)
@@ -23,12 +24,12 @@ from samplers import (ReplayBuffer, accuracy, ascend, cross_entropy, fit_gaussia
 close = torch.testing.assert_close
 TINY = ["--smoke", "--limit", "20", "--batch-size", "8", "--num-samples", "20", "--epochs", "2", "--sample-steps", "3",
         "--sgld-steps", "2", "--buffer-size", "15", "--device", "cpu"]
-draw = cache(jeat.draw)
 
 
-def first(n, seed):
-    """For TINY, of the digits only the first: drawing 2,000 takes seconds."""
-    return draw(40, seed)
+@pytest.fixture
+def few_images(monkeypatch):
+    """Enough for TINY; drawing all takes seconds."""
+    monkeypatch.setattr(samplers, "drawn_digits", lambda n, seed: DRAW(40, seed))
 
 
 def double_precision(seed=0, n=6):
@@ -118,8 +119,8 @@ def test_the_other_methods_loss_is_ce_where_their_attack_ends(score, norm, eps):
 @pytest.mark.parametrize("name", jeat.SAMPLERS)
 def test_samplers_descend_their_energy_unclamped(name):
     """SGLD by hand: up f_y for the classes in turn; from the buffer up LSE f. The file's images are clamped."""
-    args = jeat.parse_args(["--smoke", "--num-samples", "12", "--sample-steps", "3", "--seed", "5",
-                            "--sample-batch-size", "7", "--device", "cpu"])
+    args = jeat.parse_args(["--smoke", "--num-samples", "12", "--sample-steps", "3",
+                            "--sample-seed", "5", "--sample-batch-size", "7", "--device", "cpu"])
     torch.manual_seed(0)
     f, x, modes = jeat.make_model("small-24").train(), torch.rand(12, 3, 32, 32), []
     with torch.no_grad():
@@ -183,14 +184,7 @@ def test_small_net():
     assert all(m.kernel_size > m.stride for m in convolutions)  # windows overlap
 
 
-def test_defaults():
-    """METHODS' values. JEAT takes one step of eps, AT ten of eps / 4."""
-    wanted = dict(method="jeat", norm="linf", arch="wrn-28-10", epochs=200, batch_size=64, lr=1e-4, lr_drops=[0.8, 0.9],
-                  attack_eps=8 / 255, attack_steps=1, attack_step_size=8 / 255, sgld_steps=20, buffer_size=10000,
-                  sample_norm="none", sample_eps=math.inf, sample_step_size=0.25, sample_noise=0.005, sample_steps=100,
-                  start="class", seed_split="train", num_samples=50000, sampler=["gaussian", "noise", "buffer"])
-    args = vars(jeat.parse_args([]))
-    assert {k: args[k] for k in wanted} == wanted and ReplayBuffer(2, (1,)).reinit == 0.05
+def test_at_takes_more_steps_than_jeat_and_has_no_buffer():
     for flags in ([], ["--smoke"], ["--small"]):
         for method, steps, step_size in (("jeat", 1, 8 / 255), ("prejeat", 1, 8 / 255), ("at", 10, 2 / 255)):
             args = jeat.parse_args(["--method", method, *flags])
@@ -217,7 +211,9 @@ def trained(tmp_path, monkeypatch):
 
     def train(*flags):
         calls.clear()
-        args = jeat.parse_args([*TINY, "--out", str(tmp_path / str(flags)), *flags])
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        out.mkdir()
+        args = jeat.parse_args([*TINY, "--out", str(out), *flags])
         x, buffer = torch.full((24, 3, 32, 32), 128, dtype=torch.uint8), None
         if args.method == "jeat":
             buffer = ReplayBuffer(8, (3, 32, 32))
@@ -229,15 +225,16 @@ def trained(tmp_path, monkeypatch):
 
 
 def test_each_method_trains_on_its_own_loss(trained):
-    for method, score, step, pieces in (("jeat", joint_energy_score, 8, {"ce", "e_adv", "e_k"}),
-                                        ("prejeat", joint_energy_score, 8, {"ce", "e_adv"}),
-                                        ("at", cross_entropy, 2, {"ce", "e_adv"})):
-        calls, _, out = trained("--method", method, "--attack-steps", "2", "--epochs", "1", "--norm", "l2")
+    for method, score, step, pieces in (("jeat", joint_energy_score, 0.2, {"ce", "e_adv", "e_k"}),
+                                        ("prejeat", joint_energy_score, 0.2, {"ce", "e_adv"}),
+                                        ("at", cross_entropy, 0.05, {"ce", "e_adv"})):
+        calls, _, out = trained("--method", method, "--attack-steps", "2", "--epochs", "1", "--norm", "l2",
+                                "--attack-eps", "0.2", "--input-noise", "0")
         assert len(calls) == 3
         for x, (buffer, used, sgld_steps), attack in calls:
-            assert x.min() >= 0 and x.max() <= 1 and used is score and sgld_steps == 2
+            assert (x == 128 / 255).all() and used is score and sgld_steps == 2
             assert (buffer is not None) == (method == "jeat")
-            assert attack == dict(steps=2, step_size=step / 255, eps=8 / 255, norm="l2")
+            assert attack == dict(steps=2, step_size=step, eps=0.2, norm="l2")
         (epoch,) = epochs_of(out)
         assert set(epoch) == {"time", "epoch", "loss", "e_clean", "lr", *pieces}
         assert epoch["loss"] == pytest.approx(epoch["ce"] + epoch["e_adv"] - epoch.get("e_k", epoch["e_adv"]), abs=1e-4)
@@ -260,7 +257,7 @@ def test_learning_rate_noise_crops_and_what_is_watched(trained, monkeypatch):
 
     args = jeat.parse_args([*TINY, "--method", "at", "--attack-steps", "0", "--out", str(out)])
     args.smoke, optimizer = False, torch.optim.Adam(jeat.make_model("small-24").parameters())
-    x, y = draw(16, 0)
+    x, y = DRAW(16, 0)
     jeat.train_epoch(jeat.make_model("small-24"), None, optimizer, x, y, 0, args)
     assert crops == [{"mode": "reflect"}] * 2
 
@@ -305,12 +302,11 @@ def checkpoint_of(out):
 
 
 @pytest.fixture
-def quick(tmp_path, monkeypatch):
+def quick(few_images, tmp_path, monkeypatch):
     """jeat.main with TINY and the flags, without the figures that take long -> the run's folder."""
     def main(name, *flags):
         jeat.main([*TINY, "--out", str(tmp_path / name), *flags])
         return tmp_path / name
-    monkeypatch.setattr(jeat, "draw", first)
     monkeypatch.setattr(jeat, "flatness", lambda *args: {})
     monkeypatch.setattr(jeat, "accuracy", lambda *args, **flags: 0.5)
     return main
@@ -321,40 +317,50 @@ def images(out, name):
 
 
 def test_a_run_that_was_broken_off_ends_where_an_uninterrupted_one_does(quick, monkeypatch):
+    """With the chains of its buffer."""
     whole, save = quick("whole", "--epochs", "3"), jeat.save_checkpoint
 
     def save_and_stop(args, epoch, **parts):
         save(args, epoch, **parts)
         raise KeyboardInterrupt
-    monkeypatch.setattr(jeat, "save_checkpoint", save_and_stop)
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(jeat, "save_checkpoint", save_and_stop)
         quick("broken", "--epochs", "3")
-    monkeypatch.setattr(jeat, "save_checkpoint", save)
+    torch.manual_seed(99)
     broken = quick("broken", "--epochs", "3")
     one, two = checkpoint_of(whole), checkpoint_of(broken)
     assert [r["epoch"] for r in epochs_of(broken)] == [1, 2, 3] and one["epoch"] == two["epoch"] == 3
-    for part in ("model", "buffer"):
-        assert all(torch.equal(t, two[part][k]) for k, t in one[part].items())
-    moments = [[s["exp_avg_sq"] for s in c["optimizer"]["state"].values()] for c in (one, two)]
-    assert torch.equal(one["rng"], two["rng"]) and all(map(torch.equal, *moments))
-    assert all(torch.equal(images(whole, name), images(broken, name)) for name in jeat.SAMPLERS)
+    for part in ("model", "optimizer", "buffer", "rng"):
+        close(one[part], two[part], rtol=0, atol=0)
+    rows = results_of(broken)["samples"]
+    assert len(rows) == 3 and all(torch.equal(images(whole, name), images(broken, name)) for name in rows)
+
+
+def test_a_second_sampling_leaves_the_first(quick):
+    """Noise and the buffer know no --start: what is there of them stays, and is not named by it."""
+    out = quick("run")
+    first, files = results_of(out)["samples"], {path.name: path.read_bytes() for path in out.glob("samples_*")}
+    quick("run", "--start", "fields")
+    assert {path.name: path.read_bytes() for path in out.glob("samples_*")}.items() > files.items()
+    rows, added = results_of(out)["samples"], "gaussian_start-fields_num-samples-20_steps-3"
+    assert rows.keys() - first.keys() == {added} and first.items() <= rows.items()
+    assert rows[added]["flags"]["start"] == "fields" and "start" not in rows["noise_num-samples-20_steps-3"]["flags"]
+    assert rows["buffer_num-samples-20_steps-3"]["chains"] == 15
 
 
 def test_starts(quick):
     """--sample-steps 0 leaves them: Gaussians of a class or of all, noise, the chains in turn."""
-    x, y = [t[:20] for t in draw(40, 0)]
-    labels = torch.arange(20) % 10
-    for flags, gaussians in (([], fit_gaussians(x, y)), (["--start", "pooled"], fit_gaussians(x))):
-        out = quick("run", "--sample-steps", "0", *flags)
+    (x, y), x_test, labels = [t[:20] for t in DRAW(40, 0)], DRAW(40, 1)[0][:20], torch.arange(20) % 10
+    for flags, name, gaussians in (("", "", fit_gaussians(x, y)), ("--start pooled", "_start-pooled", fit_gaussians(x)),
+                                   ("--start pooled --start-split test", "_start-pooled_start-split-test",
+                                    fit_gaussians(x_test))):
+        out = quick("run", "--sample-steps", "0", *flags.split())
         torch.manual_seed(0)
-        assert torch.equal(images(out, "gaussian"), to_uint8(gaussians.sample(labels)))
+        assert torch.equal(images(out, f"gaussian{name}_num-samples-20_steps-0"), to_uint8(gaussians.sample(labels)))
     torch.manual_seed(0)
-    assert torch.equal(images(out, "noise"), to_uint8(torch.rand(20, 3, 32, 32)))
+    assert torch.equal(images(out, "noise_num-samples-20_steps-0"), to_uint8(torch.rand(20, 3, 32, 32)))
     chains = checkpoint_of(out)["buffer"]["x"]
-    assert torch.equal(images(out, "buffer"), to_uint8(chains[torch.arange(20) % 15]))
-    pooled = images(out, "gaussian")
-    quick("run", "--sample-steps", "0", "--start", "pooled", "--seed-split", "test", "--sampler", "gaussian")
-    assert not torch.equal(images(out, "gaussian"), pooled)
+    assert torch.equal(images(out, "buffer_num-samples-20_steps-0"), to_uint8(chains[torch.arange(20) % 15]))
 
 
 error = partial(conftest.error, jeat)
@@ -373,16 +379,26 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(quick, capsys, monk
             calls.append(x)
             now = values if len(calls) == 2 else [1, 1, 0, 0]
             return (f(x) * 0).sum() + now[0], [torch.tensor(float(v)) for v in now[1:]]
-        monkeypatch.setattr(jeat, "jeat_loss", loss)
-        line = error(capsys, *flags, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(jeat, "jeat_loss", loss)
+            line = error(capsys, *flags, 3)
         assert "diverged in epoch 3" in line and "--epochs 2 samples" in line and "smaller --lr" in line
         assert (out / "checkpoint.pt").read_bytes() == before and len(epochs_of(out)) == lines
-    monkeypatch.setattr(jeat, "jeat_loss", jeat_loss)
     quick("run", "--epochs", "3")  # from which one goes on
     assert checkpoint_of(out)["epoch"] == 3
 
 
-def test_weights_lost_at_an_epochs_last_update(quick, tmp_path, capsys, monkeypatch):
+def test_only_a_divergence_is_called_one(quick, monkeypatch):
+    """An error in a reader's edit keeps its traceback, whatever its kind."""
+    for kind in (ValueError, RuntimeError):
+        def edited(*args, **attack):
+            raise kind("a reader's edit")
+        with monkeypatch.context() as patch, pytest.raises(kind, match="^a reader's edit$"):
+            patch.setattr(jeat, "jeat_loss", edited)
+            quick("run")
+
+
+def test_weights_lost_at_an_epochs_last_update(few_images, tmp_path, capsys, monkeypatch):
     """Of them the epoch's losses say nothing."""
     calls = []
 
@@ -396,22 +412,18 @@ def test_weights_lost_at_an_epochs_last_update(quick, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("flags", [[], ["--method", "at", "--attack-steps", "0"]])
-def test_divergence_of_its_own_accord(flags, tmp_path, capsys, monkeypatch):
+def test_divergence_of_its_own_accord(flags, few_images, tmp_path, capsys):
     """Met by an attack or a chain, or only by the loss."""
-    monkeypatch.setattr(jeat, "draw", first)
     line = error(capsys, *TINY, "--lr", 1e6, "--out", tmp_path, "--epochs", 9, *flags)
     assert "diverged" in line and "samples from" not in line and not (tmp_path / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--no-such-flag"], "--no-such-flag"), (["--arch", "wrn-11-2"], "wrn-11-2"), (["--lr-drops", "160"], "--lr-drops"),
-    (["--attack-eps", "inf"], "--attack-eps"), (["--sampler", "ta"], "ta"), (["--method", "trades"], "trades"),
-    (["--buffer-size", "0"], "--buffer-size"), (["--sgld-steps", "-1"], "--sgld-steps"), (["--norm", "none"], "none"),
-    (["--sample-noise", "nan"], "--sample-noise"), (["--buffer-size", "31"], "below --batch-size"),
-    (["--method", "at", "--sampler", "buffer"], "replay buffer"), (["--limit", "5"], "all ten classes")])
-def test_wrong_flags(flags, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(jeat, "draw", first)
-    assert words in error(capsys, "--smoke", "--out", tmp_path / "out", *flags)
+    ("--arch wrn-11-2", "wrn-11-2"), ("--method trades", "trades"), ("--norm l2", "--attack-eps"),
+    ("--input-noise -1", "--input-noise"), ("--buffer-size 31", "below --batch-size"),
+    ("--method at --sampler buffer", "replay buffer"), ("--limit 5", "all ten classes")])
+def test_wrong_flags(flags, words, few_images, capsys, tmp_path):
+    assert words in error(capsys, "--smoke", "--out", tmp_path / "out", *flags.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -424,31 +436,33 @@ def classifier(out):
     return f.eval()
 
 
+@pytest.mark.slow
 def test_smoke_writes_everything(jeat_smoke):
     out = jeat_smoke.out
     results, epochs = results_of(out), epochs_of(out)
-    assert {"args", "versions", "device", "seconds", "accuracy", "flatness", "samples"} <= set(results)
-    for name in jeat.SAMPLERS:
-        row, z = results["samples"][name], np.load(out / f"samples_{name}.npz")
-        assert row["n"] == 20 and row["fid"] is None and len(row["e_x"]) == 5
+    assert set(results) == {"checkpoint", "epochs", "training", "versions", "accuracy", "flatness", "samples"}
+    assert set(results["samples"]) == {f"{name}_num-samples-20" for name in jeat.SAMPLERS}
+    for name, row in results["samples"].items():
+        z, has_classes = np.load(out / f"samples_{name}.npz"), not name.startswith("buffer")
+        assert row["n"] == 20 and row["fid"] is None and row["e_x"] == sorted(row["e_x"]) and len(row["e_x"]) == 5
         assert z["arr_0"].shape == (20, 32, 32, 3) and z["arr_0"].dtype == np.uint8
-        assert Image.open(out / f"samples_{name}.png").size == ((342, 70) if name == "buffer" else (70, 342))
-        assert ("arr_1" in z) == (name != "buffer")  # whose chains have no class
+        assert Image.open(out / f"samples_{name}.png").size == ((70, 342) if has_classes else (342, 70))
+        assert ("arr_1" in z) == has_classes
     assert epochs[-1]["ce"] < 0.6 * epochs[0]["ce"] and epochs[4]["pgd20_train"] > 0.2
-    f, (x, y) = classifier(out), [v[:60] for v in draw(250, 1)]
+    f, (x, y) = classifier(out), [v[:60] for v in DRAW(250, 1)]
     pgd20 = accuracy(f, x, y, cross_entropy, steps=20, step_size=2 / 255, eps=8 / 255, norm="linf")
     assert results["accuracy"]["clean"] == accuracy(f, x, y) and abs(results["accuracy"]["pgd20"] - pgd20) <= 0.02
     with torch.no_grad():
-        assert abs(epochs[-1]["e_clean"] - energy(f(to_float(draw(250, 0)[0]))).mean().item()) < 1e-3
+        assert abs(epochs[-1]["e_clean"] - energy(f(to_float(DRAW(2000, 0)[0][:250]))).mean().item()) < 1e-3
 
 
-def learning(judge, run, twin, n=200, wanted=("l2", "raw", "noise")):
-    """Every figure of the claim, of the chains those wanted, for a run and its unattacked twin, from the same seeds."""
+def learning(judge, run, control, n=200, wanted=("l2", "raw", "noise")):
+    """Every figure of the claim, of the chains those wanted, for a run and its control, from the same starts."""
     labels = torch.arange(n) % 10
     torch.manual_seed(0)
-    pooled = fit_gaussians(draw(2000, 0)[0]).sample(labels)
-    figures = {"seeds": accuracy(judge, pooled, labels)}
-    for who, out in {"jeat": run, "twin": twin}.items():
+    pooled = fit_gaussians(DRAW(2000, 0)[0]).sample(labels)
+    figures = {"starts": accuracy(judge, pooled, labels)}
+    for who, out in {"jeat": run, "control": control}.items():
         f, results = classifier(out), results_of(out)
         flat, score = results["flatness"], log_p_x_given_y(f, labels)
         figures[f"{who} clean"] = results["accuracy"]["clean"]
@@ -465,23 +479,24 @@ def learning(judge, run, twin, n=200, wanted=("l2", "raw", "noise")):
             figures[f"{who} {name}"] = accuracy(judge, to_uint8(chains[name]()), labels)
     f, buffer, last = classifier(run), checkpoint_of(run)["buffer"]["x"], epochs_of(run)[-1]
     with torch.no_grad():
-        data = energy(f(to_float(draw(250, 1)[0]))).mean().item()
+        data = energy(f(to_float(DRAW(250, 1)[0]))).mean().item()
         figures["E(data) - E(buffer)"] = data - energy(f(buffer)).mean().item()
         figures["E(data) - E(noise)"] = data - energy(f(torch.rand(200, 3, 32, 32))).mean().item()
     figures["E(x_adv) - E(x_K), last epoch"] = last["e_adv"] - last["e_k"]
     return figures
 
 
-def test_jeat_learns_an_energy_whose_chains_stay(jeat_smoke, jeat_twin, judge):
-    """Of README's five seeds the middle one by its lead from noise; the judge here trains half as long. Robustness, and
-    chains from Gaussians, are no claims."""
-    figures = learning(judge, jeat_smoke.out, jeat_twin.out, 100, ["noise"])
+@pytest.mark.slow
+def test_jeat_learns_an_energy_whose_chains_stay(jeat_smoke, jeat_control, judge):
+    """Of RESULTS.md's five seeds the middle one by its lead from noise; the judge here trains half as long. Robustness,
+    and chains from Gaussians, are no claims."""
+    figures = learning(judge, jeat_smoke.out, jeat_control.out, 100, ["noise"])
     print(json.dumps(figures))
-    assert figures["jeat drift"] < 0.2 * figures["twin drift"]
+    assert figures["jeat drift"] < 0.2 * figures["control drift"]
     assert abs(figures["E(data) - E(buffer)"]) < 0.2 * abs(figures["E(data) - E(noise)"])
     assert figures["jeat pgd20"] > 0.2
-    assert figures["seeds"] < 0.2
-    assert figures["jeat noise"] > 0.2 and figures["jeat noise"] > figures["twin noise"] + 0.1
+    assert figures["starts"] < 0.2
+    assert figures["jeat noise"] > 0.2 and figures["jeat noise"] > figures["control noise"] + 0.1
 
 
 # ---------------------------------------------------------------- real data, CUDA
@@ -492,16 +507,15 @@ def test_real_data(tmp_path):
     run_script("jeat", "--small", "--data", os.environ["CIFAR10_ROOT"], "--out", tmp_path,
                "--epochs", 5, "--limit", 256, "--num-samples", 20, "--sample-steps", 3, "--device", "cpu")
     epochs, results = epochs_of(tmp_path), results_of(tmp_path)
-    assert epochs[-1]["ce"] < epochs[0]["ce"] and "on a CPU" in results["samples"]["buffer"]["reason"]
+    assert epochs[-1]["ce"] < epochs[0]["ce"] and len(results["samples"]) == 3
     assert results["accuracy"]["pgd20"] <= results["accuracy"]["clean"]
 
 
 @pytest.mark.cuda
 def test_smoke_on_cuda(tmp_path):
     run_script("jeat", "--smoke", "--device", "cuda", "--out", tmp_path)
-    results = results_of(tmp_path)
-    assert results["args"]["amp"] and results["accuracy"]["pgd20"] > 0.3
+    assert results_of(tmp_path)["accuracy"]["pgd20"] > 0.3
 
 
-if __name__ == "__main__":  # PYTHONPATH=. python tests/test_jeat.py RUN TWIN: README's figures
+if __name__ == "__main__":  # PYTHONPATH=. python tests/test_jeat.py RUN CONTROL: RESULTS.md's figures
     print(json.dumps(learning(train_judge(), *map(Path, sys.argv[1:3])), indent=1))
