@@ -60,9 +60,9 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
 
     Returns the last iterate, detached. A zero gradient gives a zero step. The gradient is taken of
     x only: x, the parameters (.grad, requires_grad) and the modules' modes stay as they are.
-    ValueError: a wrong argument; a start that is not finite, or outside the box where eps is finite
-    (the box would move it further than eps). Refused: a score or a gradient that is not finite.
-    While a CUDA graph is recorded, the numbers are not looked at.
+    ValueError: a wrong argument; a start outside the box where eps is finite (the box would move it
+    further than eps). Refused: a start, a score or a gradient that is not finite. While a graph is
+    recorded, the numbers are not looked at.
     """
     _check_arguments(x, steps, step_size, eps, norm, noise, random_start)
     x_0 = x.detach().clone()
@@ -71,7 +71,7 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     inside = ((x_0 >= low - ROUNDING) & (x_0 <= high + ROUNDING)).flatten(1).all(1)
     if not recording(x):  # these wait for the device
         if not finite.all():
-            raise ValueError(f"ascend: {_share(~finite)} start at NaN or infinity")
+            raise Refused(f"ascend: {_share(~finite)} start at NaN or infinity")
         if eps < math.inf and not inside.all():
             raise ValueError(f"ascend: {_share(~inside)} start outside the box {low} ... {high}")
     if steps == 0:
