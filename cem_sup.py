@@ -155,7 +155,7 @@ def parse_args(argv=None):
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="[slides]")
     small = dict(
-        out="runs/cem_sup-small", arch="resnet18-half", epochs=16, lr=0.2, schedule="cycle",
+        out="runs/cem_sup-small", arch="resnet18-half", epochs=12, lr=0.2, schedule="cycle",
         attack_steps=2, attack_step_size=0.3, test_images=1000, num_samples=1000)
     smoke = dict(
         out="runs/cem_sup-smoke", arch="small-16", epochs=9, batch_size=32, schedule="cycle",
