@@ -284,7 +284,10 @@ def train(f, x_train, p_0, args):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             x_pos, x_neg = adversaries(f, x, x_0, K, **attack)
         loss, f_pos, f_neg = at_ebm_loss(f, x_pos, x_neg, r1)
-        return loss.detach(), f_pos, f_neg, *torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, parameters)
+        # R1's are not in their parameters' memory format, in which alone optimizers are fast
+        gradients = [torch.empty_like(p).copy_(g) for p, g in zip(parameters, gradients)]
+        return loss.detach(), f_pos, f_neg, *gradients
 
     loss_and_gradients = Recorded(loss_and_gradients, args.record)
     done = resume(args, model=f, optimizer=optimizer, gate=gate)

@@ -246,6 +246,8 @@ def train(name, out, record, device="cpu"):
         buffer = ReplayBuffer(args.buffer_size, x.shape[1:], device=device) if args.method == "jeat" else None
         data = buffer, *data
     script.train(f, *data, args)
+    for p in f.parameters():  # in another memory format, an optimizer on CUDA takes one parameter after the other
+        assert all(n == 1 or a == b for n, a, b in zip(p.shape, p.stride(), p.grad.stride()))
     figures = [json.loads(line) for line in open(out / "log.jsonl")]
     for row in figures:
         del row["time"]
