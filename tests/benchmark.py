@@ -1,12 +1,13 @@
-"""How fast the scripts are, beside plain loops.
+"""How fast the scripts are, beside plain loops, and what makes them so.
 
     python tests/benchmark.py [--quick] [--device cuda|cpu] [--json PATH]
 
-The scripts' own functions, as their train() and run() call them, beside loops that ascend the same scores in the
-ordinary way: loss.backward() in each step, so the parameters' gradients too; float32 with PyTorch's default switches;
-no channels_last; no random start. The two take turns, on random images and weights; times are medians. On CUDA the
-settings are the scripts' defaults, on a CPU those of --small with smaller batches. Read the ratios: times are the
-machine's. On a CPU that others use too, OMP_NUM_THREADS=1 gives steadier ones.
+The scripts' own functions, as their train() and run() call them. Beside them loops that ascend the same scores in the
+ordinary way: loss.backward() in each step, so the parameters' gradients too, through batch norms in eval mode, without
+a random start. Precision, switches and memory format are the same. And the scripts' own without frozen (with eval_mode
+in its place), and with --record. All take turns, on random images and weights; times are medians. On CUDA the settings
+are the scripts' defaults, on a CPU those of --small with smaller batches. Read the ratios: times are the machine's. On
+a CPU that others use too, OMP_NUM_THREADS=1 gives steady ones: one thread's own time.
 """
 import argparse
 import contextlib
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -30,29 +32,32 @@ import cem_sup  # noqa: E402
 import cem_unsup  # noqa: E402
 import jeat  # noqa: E402
 import metrics  # noqa: E402
-from samplers import (ReplayBuffer, crop_flip, cross_entropy, entropy, eval_mode, info_nce,  # noqa: E402
+from samplers import (Recorded, ReplayBuffer, crop_flip, cross_entropy, entropy, eval_mode, info_nce,  # noqa: E402
                       joint_energy_score, log_p_x, log_p_x_given_y, log_p_y_given_x, logit, project, steepest, to_float,
                       to_uint8)
 
-# repeats; largest batch of training and sampling; images through Inception; images and width of features for FID, IS
+# rounds, the first of which warm up; largest batch of training and sampling; images through Inception; images and width
+# of features for FID, IS
 SIZES = {
-    "cuda": dict(repeats=5, batch=512, scored=4096, features=(50000, 2048)),
-    "cuda quick": dict(repeats=2, batch=128, scored=1024, features=(50000, 2048)),
-    "cpu": dict(repeats=3, batch=64, scored=16, features=(50000, 2048)),
-    "cpu quick": dict(repeats=2, batch=4, scored=2, features=(5000, 256))}
+    "cuda": dict(rounds=7, warmup=2, batch=512, scored=4096, features=(50000, 2048)),
+    "cuda quick": dict(rounds=4, warmup=2, batch=128, scored=1024, features=(50000, 2048)),
+    "cpu": dict(rounds=4, warmup=1, batch=64, scored=16, features=(50000, 2048)),
+    "cpu quick": dict(rounds=4, warmup=1, batch=8, scored=2, features=(5000, 256))}
 HEAD = """
-| measurement                      | batch | steps | images/s |   s/50k |   GiB | util | plain: /s |   GiB | ratio |
-| -------------------------------- | ----: | ----: | -------: | ------: | ----: | ---: | --------: | ----: | ----: |
+| measurement                      | batch | steps | images/s |   s/50k |   GiB | util | ratio | frozen | record |
+| -------------------------------- | ----: | ----: | -------: | ------: | ----: | ---: | ----: | -----: | -----: |
 """
 ROW = ("| {name:32} | {batch:5} | {steps:5} | {images_per_s:8,.1f} | {s_per_50k:7,.0f} | {gib:5.2f} | {util:4.2f} |"
-       " {plain_images_per_s:9,.1f} | {plain_gib:5.2f} | {ratio:5.2f} |")
+       " {plain:>5} | {eval_mode:>6} | {recorded:>6} |")
 NOTES = """
 steps     of an image's attacks and chains, of 2 forwards' work each; a training pass costs 3, with R1 more
 images/s  through a whole training step, or a whole chain; s/50k: seconds for 50,000, an epoch or a file of samples
 GiB       CUDA memory at its peak, above what lay there before the call (weights, optimiser, data)
 util      operations per second / those of the large product
-plain     images/s and GiB of the plain loop; Inception's in TF32, the project's in true float32
-ratio     plain time / the project's"""
+ratio     the plain loop's time / this one's; of Inception: torchvision's net, resized by PyTorch / ours
+frozen    the time with eval_mode in the place of frozen / this one's
+record    this one's / the time with --record, of a graph that is recorded already
+"""
 
 
 # ================================================================ measuring
@@ -60,6 +65,8 @@ class Benchmark:
     def __init__(self, device, quick):
         self.device, self.cuda = device, device == "cuda"
         self.sizes = SIZES[f"{device} quick" if quick else device]
+        # the processor's time, of which other programs take nothing, where one thread does it all
+        self.clock = time.perf_counter if self.cuda or torch.get_num_threads() > 1 else time.process_time
         n, dtype = (8192, torch.bfloat16) if self.cuda else (1024, torch.float32)
         x = torch.randn(n, n, device=device, dtype=dtype)
         self.product = f"{n} x {n}, {dtype}"
@@ -71,32 +78,35 @@ class Benchmark:
         self.synchronize()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        before, begun = torch.cuda.memory_allocated(), time.perf_counter()
+        before, begun = torch.cuda.memory_allocated(), self.clock()
         call()
         self.synchronize()
         self.gib = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
-        return time.perf_counter() - begun
+        return self.clock() - begun
 
     def synchronize(self):
         if self.cuda:
             torch.cuda.synchronize()
 
-    def compare(self, name, n, project, plain, forward, steps, passes):
-        """Prints and keeps the row of two functions that handle n images a call. forward: operations of one image's
-        forward; passes: what the project's does besides the steps, in forwards."""
-        times, plain_times = [], []
-        for _ in range(1 + self.sizes["repeats"]):
-            with project_switches(), contextlib.redirect_stdout(io.StringIO()):  # sample() prints its progress
-                times.append(self.seconds(project))
-            gib = self.gib
-            plain_times.append(self.seconds(plain))
-        t, plain_t = statistics.median(times[1:]), statistics.median(plain_times[1:])  # the first warms up
-        operations = (2 * steps + passes) * forward * n
-        self.rows.append(dict(
-            name=name, batch=n, steps=steps, images_per_s=n / t, s_per_50k=50000 * t / n, gib=gib,
-            util=operations / t / self.operations_per_s, plain_images_per_s=n / plain_t, plain_gib=self.gib,
-            ratio=plain_t / t))
-        print(ROW.format(**self.rows[-1]), flush=True)
+    def compare(self, name, n, ways, forward, steps, passes):
+        """Prints and keeps the row of calls that handle n images each: ways["project"], and others that do the same.
+        forward: operations of one image's forward; passes: what the project's does besides the steps, in forwards."""
+        times = {way: [] for way in ways}
+        for _ in range(self.sizes["rounds"]):
+            for way, call in ways.items():
+                with project_switches(), contextlib.redirect_stdout(io.StringIO()):  # sample() prints its progress
+                    times[way].append(self.seconds(call))
+                if way == "project":
+                    gib = self.gib
+        t = {way: statistics.median(seconds[self.sizes["warmup"]:]) for way, seconds in times.items()}
+        ratios = {way: t[way] / t["project"] for way in ("plain", "eval_mode") if way in t}
+        if "recorded" in t:
+            ratios["recorded"] = t["project"] / t["recorded"]
+        row = dict(name=name, batch=n, steps=steps, images_per_s=n / t["project"], s_per_50k=50000 * t["project"] / n,
+                   gib=gib, util=(2 * steps + passes) * forward * n / t["project"] / self.operations_per_s)
+        self.rows.append({**row, **ratios})
+        shown = {way: f"{ratios[way]:.2f}" if way in ratios else "" for way in ("plain", "eval_mode", "recorded")}
+        print(ROW.format(**row, **shown), flush=True)
 
 
 @contextlib.contextmanager
@@ -134,14 +144,8 @@ def plain_ascend(score, x_0, steps, step_size, eps=math.inf, norm="l2", noise=0.
     return x
 
 
-def make_optimizer(f):
+def sgd(f):
     return torch.optim.SGD(f.parameters(), 1e-6, momentum=0.9)  # at this rate nothing diverges
-
-
-def update(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 
 # ================================================================ the four scripts
@@ -153,47 +157,93 @@ class Case:
         self.args = args = script.parse_args(["--device", "cuda"] if b.cuda else ["--device", "cpu", "--small"])
         args.batch_size = min(args.batch_size, b.sizes["batch"])
         args.num_samples = args.sample_batch_size = min(args.sample_batch_size, b.sizes["batch"])
-        self.f = script.make_model(args.arch).to(b.device, memory_format=torch.channels_last)
-        self.f_plain = script.make_model(args.arch).to(b.device)
+        self.f, self.f_plain = (script.make_model(args.arch).to(b.device, memory_format=torch.channels_last)
+                                for _ in range(2))
         self.x, self.x_0 = (torch.rand(n, 3, 32, 32, device=b.device) for n in (args.batch_size, args.num_samples))
         self.y, self.y_0 = (torch.arange(len(x), device=b.device) % 10 for x in (self.x, self.x_0))
         self.attack = dict(steps=args.attack_steps, step_size=args.attack_step_size, eps=args.attack_eps,
                            norm=args.norm)
-        self.autocast = torch.autocast(b.device, torch.bfloat16, enabled=args.amp)
         self.forward = forward_operations(self.f, self.x)
 
-    def training(self, loss, plain_loss, steps, passes):
-        """The row of a training step; the losses are functions without arguments."""
-        optimizer, plain_optimizer = make_optimizer(self.f), make_optimizer(self.f_plain)
-        self.b.compare(f"{self.name} training, {self.args.arch}", len(self.x), lambda: update(optimizer, loss()),
-                       lambda: update(plain_optimizer, plain_loss()), self.forward, steps, passes)
+    def autocast(self):
+        return torch.autocast(self.b.device, torch.bfloat16, enabled=self.args.amp)
+
+    def compare(self, name, n, project, plain, recorded, steps, passes):
+        """The row. project, plain, recorded: calls."""
+        def thawed():
+            with mock.patch.object(self.script, "frozen", eval_mode):
+                project()
+
+        ways = dict(project=project, plain=plain)
+        if hasattr(self.script, "frozen"):  # jeat's nets have no norms
+            ways["eval_mode"] = thawed
+        if self.b.cuda:
+            ways["recorded"] = recorded
+        self.b.compare(f"{self.name} {name}", n, ways, self.forward, steps, passes)
+
+    def training(self, inputs, loss, plain_loss, steps, passes):
+        """The row of an update. inputs() are the tensors of a batch, of which the losses are functions."""
+        parameters, optimizer, plain_optimizer = list(self.f.parameters()), sgd(self.f), sgd(self.f_plain)
+
+        def loss_and_gradients(*tensors):
+            value = loss(*tensors)
+            return value.detach(), *torch.autograd.grad(value, parameters)
+
+        def update(loss_and_gradients):
+            _, *gradients = loss_and_gradients(*inputs())
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+            optimizer.step()
+
+        def plain():
+            plain_optimizer.zero_grad()
+            plain_loss(*inputs()).backward()
+            plain_optimizer.step()
+
+        recorded = Recorded(loss_and_gradients, warmup=1)
+        self.compare(f"training, {self.args.arch}", len(self.x), lambda: update(loss_and_gradients), plain,
+                     lambda: update(recorded), steps, passes)
 
     def sampling(self, sampler, start, plain_score, clamp=True):
         """The row of the script's sample(), and of a plain chain up plain_score."""
-        a = self.args
+        a, kept = self.args, {}
+
+        def sample():
+            self.script.sample(self.f, sampler, start, a)
 
         def plain():
-            with eval_mode(self.f_plain):
+            with eval_mode(self.f_plain), self.autocast():
                 plain_ascend(plain_score, self.x_0, a.sample_steps, a.sample_step_size, a.sample_eps, a.sample_norm,
                              a.sample_noise, clamp)
-        self.b.compare(f"{self.name} sampling, {sampler}", len(self.x_0),
-                       lambda: self.script.sample(self.f, sampler, start, a), plain, self.forward, a.sample_steps, 0)
+
+        def recorded():  # one chain's graph for all of its calls, as for all batches of a run
+            def keep(fn, on):
+                return kept.setdefault("chain", Recorded(fn, warmup=1))
+            with mock.patch.object(self.script, "Recorded", keep):
+                sample()
+
+        self.compare(f"sampling, {sampler}", len(self.x_0), sample, plain, recorded, a.sample_steps, 0)
 
 
 def measure_cem_sup(b):
     case = Case(b, cem_sup)
-    ce = cross_entropy(case.f_plain, case.y)
+    case.args = cem_sup.with_own_step(case.args, "ta")
 
-    def loss():
-        with case.autocast:
-            return cem_sup.at_loss(case.f, crop_flip(case.x), case.y, **case.attack)
+    def inputs():
+        return crop_flip(case.x), case.y
 
-    def plain_loss():
-        with eval_mode(case.f_plain):
-            x_hat = plain_ascend(ce, crop_flip(case.x), **case.attack)
-        return ce(x_hat).mean()
+    def loss(x, y):
+        with case.autocast():
+            return cem_sup.at_loss(case.f, x, y, **case.attack)
 
-    case.training(loss, plain_loss, case.args.attack_steps, passes=3)
+    def plain_loss(x, y):
+        ce = cross_entropy(case.f_plain, y)
+        with case.autocast():
+            with eval_mode(case.f_plain):
+                x_hat = plain_ascend(ce, x, **case.attack)
+            return ce(x_hat).mean()
+
+    case.training(inputs, loss, plain_loss, case.args.attack_steps, passes=3)
     case.sampling("ta", lambda labels: case.x_0, log_p_y_given_x(case.f_plain, case.y_0))
 
 
@@ -202,18 +252,20 @@ def measure_cem_unsup(b):
     tau = case.args.temperature
     nce = info_nce(case.f_plain, None, tau)
 
-    def loss():
-        x, x_prime = cem_unsup.augment(case.x), cem_unsup.augment(case.x)
-        with case.autocast:
+    def inputs():
+        return cem_unsup.augment(case.x), cem_unsup.augment(case.x)
+
+    def loss(x, x_prime):
+        with case.autocast():
             return cem_unsup.cem_loss(case.f, x, x_prime, tau, "both", **case.attack)
 
-    def plain_loss():
-        pair = torch.cat([cem_unsup.augment(case.x), cem_unsup.augment(case.x)])
-        with eval_mode(case.f_plain):
-            pair = plain_ascend(nce, pair, **case.attack)
-        return nce(pair).mean()
+    def plain_loss(x, x_prime):
+        with case.autocast():
+            with eval_mode(case.f_plain):
+                pair = plain_ascend(nce, torch.cat([x, x_prime]), **case.attack)
+            return nce(pair).mean()
 
-    case.training(loss, plain_loss, 2 * case.args.attack_steps, passes=6)  # two views
+    case.training(inputs, loss, plain_loss, 2 * case.args.attack_steps, passes=6)  # two views
     case.sampling("maxent", lambda labels: case.x_0, entropy(case.f_plain, tau))
 
 
@@ -221,20 +273,25 @@ def measure_jeat(b):
     case = Case(b, jeat)
     f_plain, K = case.f_plain, case.args.sgld_steps
     buffer = ReplayBuffer(case.args.buffer_size, (3, 32, 32), device=b.device)
-    e_xy, minus_e_x = joint_energy_score(f_plain, case.y), log_p_x(f_plain)
+    minus_e_x = log_p_x(f_plain)
 
-    def loss():
-        with case.autocast:
-            return jeat.jeat_loss(case.f, crop_flip(case.x), case.y, buffer, sgld_steps=K, **case.attack)[0]
+    def inputs():
+        return crop_flip(case.x), case.y
 
-    def plain_loss():
-        x_adv = plain_ascend(e_xy, crop_flip(case.x), **case.attack)
-        x_0, idx = buffer.sample(len(case.x))
-        x_k = plain_ascend(minus_e_x, x_0, K, step_size=0.25, norm="none", noise=0.005, clamp=False)
-        buffer.update(idx, x_k)
-        return e_xy(x_adv).mean() + minus_e_x(x_k).mean()
+    def loss(x, y):
+        with case.autocast():
+            return jeat.jeat_loss(case.f, x, y, buffer, sgld_steps=K, **case.attack)[0]
 
-    case.training(loss, plain_loss, case.args.attack_steps + K, passes=6)
+    def plain_loss(x, y):
+        e_xy = joint_energy_score(f_plain, y)
+        with case.autocast():
+            x_adv = plain_ascend(e_xy, x, **case.attack)
+            x_0, idx = buffer.sample(len(x))
+            x_k = plain_ascend(minus_e_x, x_0, K, step_size=0.25, norm="none", noise=0.005, clamp=False)
+            buffer.update(idx, x_k)
+            return e_xy(x_adv).mean() + minus_e_x(x_k).mean()
+
+    case.training(inputs, loss, plain_loss, case.args.attack_steps + K, passes=6)
     case.sampling("gaussian", lambda labels: case.x_0, log_p_x_given_y(f_plain, case.y_0), clamp=False)
 
 
@@ -244,18 +301,21 @@ def measure_binary_at_ebm(b):
     K, J, step, norm = args.attack_steps, args.positive_steps, args.attack_step_size, args.norm
     eps, eps_pos = args.attack_eps, args.positive_eps
 
-    def loss():  # at the last K
-        x, x_0 = crop_flip(case.x), crop_flip(case.x)
-        with case.autocast:
+    def inputs():
+        return crop_flip(case.x), crop_flip(case.x)
+
+    def loss(x, x_0):  # at the last K
+        with case.autocast():
             x_pos, x_neg = binary_at_ebm.adversaries(f, x, x_0, K, J, step, step, eps, eps_pos, norm)
         return binary_at_ebm.at_ebm_loss(f, x_pos, x_neg)[0]
 
-    def plain_loss():
-        x_pos = plain_ascend(logit(f_plain, sign=-1), crop_flip(case.x), J, step, eps_pos, norm)
-        x_neg = plain_ascend(logit(f_plain), crop_flip(case.x), K, step, eps, norm)
+    def plain_loss(x, x_0):
+        with case.autocast():
+            x_pos = plain_ascend(logit(f_plain, sign=-1), x, J, step, eps_pos, norm)
+            x_neg = plain_ascend(logit(f_plain), x_0, K, step, eps, norm)
         return binary_at_ebm.at_ebm_loss(f_plain, x_pos, x_neg)[0]
 
-    case.training(loss, plain_loss, K + J, passes=9.3)
+    case.training(inputs, loss, plain_loss, K + J, passes=9.3)
     case.sampling("ascent", to_uint8(case.x_0), logit(f_plain))
 
 
@@ -267,11 +327,12 @@ def measure_inception(b):
 
     @torch.no_grad()
     def plain():
-        for x in images.split(metrics.BATCH_SIZE):
-            plain_net(2 * F.interpolate(to_float(x), size=(299, 299), mode="bilinear") - 1)
+        with metrics.true_float32():
+            for x in images.split(metrics.BATCH_SIZE):
+                plain_net(2 * F.interpolate(to_float(x), size=(299, 299), mode="bilinear") - 1)
 
-    b.compare("metrics, Inception", len(images), lambda: metrics.extract_features(images, net), plain,
-              forward_operations(net, images), steps=0, passes=1)
+    ways = dict(project=lambda: metrics.extract_features(images, net), plain=plain)
+    b.compare("metrics, Inception", len(images), ways, forward_operations(net, images), steps=0, passes=1)
 
 
 def measure_scores(b):
