@@ -33,6 +33,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 
@@ -201,21 +202,14 @@ def frozen(*nets):
                 del module.forward
 
 
-@torch.no_grad()
 def _fold(conv, norm):
-    """weight, bias of the convolution that does both."""
-    scale, shift = (norm.running_var + norm.eps).rsqrt(), -norm.running_mean
-    if conv.bias is not None:
-        shift = shift + conv.bias
-    if norm.affine:
-        scale = scale * norm.weight
-    bias = shift * scale
-    if norm.affine:
-        bias = bias + norm.bias
-    weight, device = conv.weight * scale.view(-1, 1, 1, 1), conv.weight.device.type
+    """weight, bias of the convolution that does both: constants."""
+    both = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var,
+                                norm.eps, norm.weight, norm.bias)
+    dtype, device = conv.weight.dtype, conv.weight.device.type
     if torch.is_autocast_enabled(device):  # here once, else again in each forward
-        weight, bias = (t.to(torch.get_autocast_dtype(device)) for t in (weight, bias))
-    return weight, bias
+        dtype = torch.get_autocast_dtype(device)
+    return [t.detach().to(dtype) for t in both]
 
 
 _traced = WeakKeyDictionary()  # net: its state when it was traced, its pairs' names
