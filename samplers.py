@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -192,8 +192,7 @@ def frozen(*nets):
         try:
             for net in _modules(nets):
                 for conv, norm in _conv_norm_pairs(net):
-                    weight, bias = _fold(conv, norm)
-                    conv.forward = partial(conv._conv_forward, weight=weight, bias=bias)
+                    conv.forward = _folded(conv, norm)
                     norm.forward = lambda x: x
                     folded += [conv, norm]
             yield
@@ -202,14 +201,20 @@ def frozen(*nets):
                 del module.forward
 
 
-def _fold(conv, norm):
-    """weight, bias of the convolution that does both: constants."""
-    both = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var,
-                                norm.eps, norm.weight, norm.bias)
-    dtype, device = conv.weight.dtype, conv.weight.device.type
+def _folded(conv, norm):
+    """The forward of a convolution that does both; its weights are constants."""
+    weights = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var,
+                                   norm.eps, norm.weight, norm.bias)
+    weights = cast = [t.detach() for t in weights]
+    device = conv.weight.device.type
     if torch.is_autocast_enabled(device):  # here once, else again in each forward
-        dtype = torch.get_autocast_dtype(device)
-    return [t.detach().to(dtype) for t in both]
+        cast = [t.to(torch.get_autocast_dtype(device)) for t in weights]
+
+    def forward(input):
+        if torch.is_autocast_enabled(device):  # a net may disable it for some of its layers
+            return conv._conv_forward(input, *cast)
+        return conv._conv_forward(input, *weights)
+    return forward
 
 
 _traced = WeakKeyDictionary()  # net: its state when it was traced, its pairs' names

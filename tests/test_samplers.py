@@ -726,7 +726,7 @@ def two_norms(self, x):
     (2, lambda self, x: self.norm(self.conv(x)) * self.norm(self.other(x)), dict(other=nn.Conv2d(3, 4, 3))),
     (2, lambda self, x: self.norm(self.norm(self.conv(x))), {}),
     (1, lambda self, x: self.norm(self.conv(x).relu()), {}),
-    (1, lambda self, x: self.norm(input=self.conv(x)), {})])
+    (1, lambda self, x: self.norm(input=self.conv(x)), {}), (0, lambda self, x: self.norm(self.conv(input=x)), {})])
 def test_frozen_leaves_norms_that_are_no_pair_with_a_convolution(left, forward, parts):
     assert_frozen_is_eval_mode(net_of(forward, **parts), left)
 
@@ -829,6 +829,12 @@ def test_frozen_under_no_grad_and_autocast():
         with torch.autocast("cpu", torch.bfloat16), mode(f):
             errors.append((f(x) - y).norm() / y.norm())
     assert 1e-4 < min(errors) and max(errors) < 2 * errors[0] < 0.1
+
+    def in_float32(x):
+        with torch.autocast("cpu", enabled=False):
+            return f(x)
+    with torch.autocast("cpu", torch.bfloat16), frozen(f):
+        close(in_float32(x), y, rtol=1e-4, atol=1e-4)
 
 
 # ---- evaluation and files ----
