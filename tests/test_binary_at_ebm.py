@@ -418,14 +418,17 @@ def test_every_iteration_uses_the_gates_k_and_its_own_images(tmp_path, monkeypat
         seen.append("crop")
         return x
 
+    def forward(args, kwargs):
+        if isinstance(args[1], torch.Tensor):  # `frozen` traces the net once, without images
+            forwards.append(1)
+
     def attack(args, kwargs):
         classes = [set((255 / 20 * v.mean((1, 2, 3))).round().int().tolist()) for v in args[1:3]]
         x_0s.append(args[2])
         seen.append((args[3], classes[0] == {7}, 7 not in classes[1], torch.is_autocast_enabled("cpu")))
         forwards.clear()
     monkeypatch.setattr(binary_at_ebm, "crop_flip", crop_nothing)
-    spy(monkeypatch, "forward", lambda args, kwargs: forwards.append(1) if torch.is_tensor(args[1]) else None,
-        binary_at_ebm.Energy)  # frozen traces the net first: that is no forward
+    spy(monkeypatch, "forward", forward, binary_at_ebm.Energy)
     spy(monkeypatch, "adversaries", attack)
     spy(monkeypatch, "at_ebm_loss", lambda args, kwargs: seen.append(torch.is_autocast_enabled("cpu")))
     spy(monkeypatch, "auc", lambda args, kwargs: seen.append(len(forwards)))
@@ -458,6 +461,9 @@ def test_sampling_takes_its_flags_and_starts_from_p0_each_before_any_again(few_i
     main(tmp_path, *TINY, "--sample-steps", 0, "--num-samples", 600, "--sampler", "ascent", "--sample-seed", 1)
     other = [v.numpy().tobytes() for v in pixels(tmp_path / "samples_ascent_num-samples-600_seed-1_steps-0.npz")]
     assert set(other) == set(rest) and other != images
+    for name in ("sample", "energies"):
+        monkeypatch.setattr(binary_at_ebm, name, None)  # nothing is made again
+    assert main(tmp_path, *TINY, *path)["samples"].items() > rows.items()
 
 
 def test_fewer_images_to_translate_than_samples_are_said(few_images, tmp_path, capsys):

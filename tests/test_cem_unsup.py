@@ -496,7 +496,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(few_images, tmp
     assert all(np.array_equal(images(whole, name), images(stopped, name)) for name in rows)
 
 
-def test_a_set_of_samples_for_each_sampler_and_start(few_images, tmp_path):
+def test_a_set_of_samples_for_each_sampler_and_start(few_images, tmp_path, monkeypatch):
     """A second sampling leaves the first as it is. Without steps: the starts, the same ones of both samplers."""
     first, files = finished(tmp_path)
     results, later = finished(tmp_path, "--start", "fields", "class", "pooled", "--sample-steps", "0")
@@ -511,6 +511,9 @@ def test_a_set_of_samples_for_each_sampler_and_start(few_images, tmp_path):
     finished(tmp_path, "--start", "class", "--sampler", "pgd", "--start-split", "test", "--sample-steps", "0")
     one, two = (images(tmp_path, f"pgd-cond_{split}num-samples-20_steps-0") for split in ("", "start-split-test_"))
     assert not np.array_equal(one, two)
+    for name in ("sample", "evaluate"):
+        monkeypatch.setattr(cem_unsup, name, None)  # nothing is made again
+    assert finished(tmp_path)[0]["samples"].items() > results["samples"].items()
 
 
 def test_training_passes_on_its_flags_and_two_views_of_whole_batches(few_images, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_loss_telescopes_and_is_that_of_the_attack_and_the_chains_by_hand():
     x_adv = (x + 0.05 * (2 * torch.rand(x.shape, dtype=torch.float64) - 1)).clamp(0, 1).requires_grad_()
     g, = torch.autograd.grad(-f(x_adv)[torch.arange(6), y].sum(), x_adv)  # of E(x, y)
     x_adv = (x + (x_adv.detach() + 0.03 * g.sign() - x).clamp(-0.05, 0.05)).clamp(0, 1)
-    idx, noise, fresh = torch.randperm(20)[:6], torch.rand(6, 3, 32, 32), torch.rand(6) < 0.5
+    idx, noise, fresh = torch.randperm(20)[:6], torch.rand(x.shape, dtype=torch.float64), torch.rand(6) < 0.5
     assert 0 < fresh.sum() < 6
     x_k = torch.where(fresh.view(6, 1, 1, 1), noise, before[idx])
     for _ in range(3):
@@ -225,16 +225,16 @@ def trained(tmp_path, monkeypatch):
 
 
 def test_each_method_trains_on_its_own_loss(trained):
-    for method, score, step, pieces in (("jeat", joint_energy_score, 0.2, {"ce", "e_adv", "e_k"}),
-                                        ("prejeat", joint_energy_score, 0.2, {"ce", "e_adv"}),
-                                        ("at", cross_entropy, 0.05, {"ce", "e_adv"})):
+    for method, score, pieces in (("jeat", joint_energy_score, {"ce", "e_adv", "e_k"}),
+                                  ("prejeat", joint_energy_score, {"ce", "e_adv"}),
+                                  ("at", cross_entropy, {"ce", "e_adv"})):
         calls, _, out = trained("--method", method, "--attack-steps", "2", "--epochs", "1", "--norm", "l2",
-                                "--attack-eps", "0.2", "--input-noise", "0")
+                                "--attack-eps", "0.2", "--attack-step-size", "0.15", "--input-noise", "0")
         assert len(calls) == 3
         for x, (buffer, used, sgld_steps), attack in calls:
             assert (x == 128 / 255).all() and used is score and sgld_steps == 2
             assert (buffer is not None) == (method == "jeat")
-            assert attack == dict(steps=2, step_size=step, eps=0.2, norm="l2")
+            assert attack == dict(steps=2, step_size=0.15, eps=0.2, norm="l2")
         (epoch,) = epochs_of(out)
         assert set(epoch) == {"time", "epoch", "loss", "e_clean", "lr", *pieces}
         assert epoch["loss"] == pytest.approx(epoch["ce"] + epoch["e_adv"] - epoch.get("e_k", epoch["e_adv"]), abs=1e-4)
@@ -336,7 +336,7 @@ def test_a_run_that_was_broken_off_ends_where_an_uninterrupted_one_does(quick, m
     assert len(rows) == 3 and all(torch.equal(images(whole, name), images(broken, name)) for name in rows)
 
 
-def test_a_second_sampling_leaves_the_first(quick):
+def test_a_second_sampling_leaves_the_first(quick, monkeypatch):
     """Noise and the buffer know no --start: what is there of them stays, and is not named by it."""
     out = quick("run")
     first, files = results_of(out)["samples"], {path.name: path.read_bytes() for path in out.glob("samples_*")}
@@ -346,6 +346,9 @@ def test_a_second_sampling_leaves_the_first(quick):
     assert rows.keys() - first.keys() == {added} and first.items() <= rows.items()
     assert rows[added]["flags"]["start"] == "fields" and "start" not in rows["noise_num-samples-20_steps-3"]["flags"]
     assert rows["buffer_num-samples-20_steps-3"]["chains"] == 15
+    for name in ("sample", "evaluate", "flatness"):
+        monkeypatch.setattr(jeat, name, None)  # nothing is made again
+    assert results_of(quick("run"))["samples"] == rows
 
 
 def test_starts(quick):
