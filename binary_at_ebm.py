@@ -6,7 +6,8 @@ E = -f.
   training  max_D E_{x ~ p_data} log D(x) + E_{x ~ p_0} min_{x' in B(x, eps)} log(1 - D(x'))
             p_0: other images. At the optimum D = 1/2 on the support of p_data, D <= 1/2 off it
   attack    x' += a grad f / |grad f|, K steps; the data J steps the other way, with R1 on them
-  gate      K = 0, 1, ..., 25: one more when the AUC of attacked data against attacked p_0 > 0.8
+  gate      K = 0, 1, ..., 25: one more when the AUC of attacked data against attacked p_0 > 0.8,
+            or after five epochs
   sampling  the same ascent, from p_0's images or another class's (translation); E detects outliers
 
   python binary_at_ebm.py                 the paper's run, ResNet-50, with CIFAR-100 as p_0
@@ -22,7 +23,7 @@ samples_{ascent,translation}.{png,npz}, named by the sampling flags that are not
 (samples_ascent_steps-64.png); translation's png: each source, and beside it what it became.
 results.json: the gate's next K; 5, 25, 50, 75, 95 % quantiles of E of test data, p_0, attacked p_0;
 AUROC of test data against each of --ood-sets, clean and worst case (l2 1.0); a row for each set of
-samples. An outlier set that is p_0 itself is marked seen_in_p0: no evidence (null: not known, one
+samples. An outlier set of p_0's source is marked seen_in_p0: no evidence (null: not known, one
 of them is a file). IS and FID are against all ten classes, whatever --classes. The same command
 resumes after the last finished epoch, makes what is not there yet, and leaves the rest (a --smoke
 without --out begins afresh). More epochs make all in results.json void.
@@ -190,11 +191,12 @@ def parse_args(argv=None):
     add("--amp", action=argparse.BooleanOptionalAction,
         help="bfloat16 in attacks and samplers; None: on CUDA")
     add("--record", default=False, action=argparse.BooleanOptionalAction,
-        help="an update, a chain: one CUDA graph [ours]; never yet seen to win")
+        help="an update, and a chain, as one CUDA graph [ours]; not yet tried on a GPU")
     add("--sampler", default=["ascent", "translation"], choices=("ascent", "translation"),
         nargs="+", help="ascent: from p_0; translation: from --translate-from")
     add("--ood-sets", default=["svhn", "cifar100", "noise"], nargs="*", metavar="SET",
-        help="as --p0, svhn, cifar100-train [official: svhn, cifar100, noise, ImageNet-32]")
+        help="svhn, cifar100 (test images; cifar100-train: train), noise, rest; a .npy [official: "
+             "also ImageNet-32]")
     add("--ood-images", type=positive, default=1024, help="of each set [official]")
     add("--ood-steps", type=positive, default=100, help="of their attack [official]")
 
@@ -215,8 +217,9 @@ def parse_args(argv=None):
         positive_eps=0.25, auc_threshold=0.75, auc_window=10, epochs_per_step=10, num_samples=100,
         ood_sets=["noise", "rest"], ood_images=50, ood_steps=5)
     smoke_ood = dict(
-        epochs=20, lr=0.05, attack_steps=5, attack_eps=2.0, positive_eps=0.5)
-    # pairs: where all flags of the left are given, the defaults of the right; later ones win
+        out="runs/binary_at_ebm-smoke-ood", epochs=20, lr=0.05, attack_steps=5, attack_eps=2.0,
+        positive_eps=0.5)
+    # pairs: where the flags have the values on the left, the defaults on the right; later ones win
     return read_flags((training, sampling, running), argv, [
         ({"mode": "ood"}, ood),
         ({"small": True}, small), ({"small": True, "mode": "ood"}, small_ood),
@@ -285,7 +288,8 @@ def train(f, x_train, p_0, args):
             x_pos, x_neg = adversaries(f, x, x_0, K, **attack)
         loss, f_pos, f_neg = at_ebm_loss(f, x_pos, x_neg, r1)
         gradients = torch.autograd.grad(loss, parameters)
-        # R1's are not in their parameters' memory format, in which alone optimizers are fast
+        # double backward returns R1's in another memory format than their parameters', for which
+        # an optimizer would take them one by one
         gradients = [torch.empty_like(p).copy_(g) for p, g in zip(parameters, gradients)]
         return loss.detach(), f_pos, f_neg, *gradients
 
@@ -303,13 +307,16 @@ def train(f, x_train, p_0, args):
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             optimizer.step()
-            losses.append(loss.clone())
+            losses.append(loss.clone())  # the next recorded update overwrites it
             areas.append(auc(f_pos, f_neg).item())
             gate.update(areas[-1])
         log(args, epoch=epoch + 1, K=K, loss=torch.stack(losses).mean().item(),
             auc=sum(areas) / len(areas))
         save_checkpoint(args, epoch + 1, model=f, optimizer=optimizer, gate=gate)
     return gate.K
+
+
+SETS = ("cifar100", "svhn", "noise", "rest")  # or a file
 
 
 def load_set(name, args, rest, train=False):
@@ -322,9 +329,7 @@ def load_set(name, args, rest, train=False):
         generator = torch.Generator().manual_seed(2 * args.seed + int(train))  # one for each split
         size = (50000 if train else 10000, 3, 32, 32)
         return torch.randint(256, size, generator=generator, dtype=torch.uint8).to(args.device)
-    if args.smoke and name.startswith(("cifar100", "svhn")):
-        raise Refused("--smoke downloads nothing")
-    return load_images(name, args.data, train).to(args.device)
+    return load_images(name, None if args.smoke else args.data, train).to(args.device)
 
 
 def load_all(args):
@@ -336,6 +341,9 @@ def load_all(args):
                       "ascent goes without")
     if args.translate_from is None and set(args.sampler) == {"translation"}:
         raise Refused("--sampler translation needs --translate-from")
+    for name in args.ood_sets:  # here, so that a slip is seen before the training
+        if name.removesuffix("-train") not in SETS and not Path(name).exists():
+            raise Refused(f"--ood-sets {name}: no such file; others: {', '.join(SETS)}")
     x_train, y_train, x_test, y_test = load_data(args)
     own = torch.tensor(args.classes, device=args.device)
     own_train, own_test = torch.isin(y_train, own), torch.isin(y_test, own)
@@ -379,11 +387,11 @@ def detect(f, x_data, x, images=1024, steps=100, eps=1.0):
 
 
 def in_p0(name, p0):
-    """Whether an outlier set is p_0 itself; None: not known, for a file may hold anything."""
-    if name.removesuffix("-train") == p0.removesuffix("-train"):
+    """Whether an outlier set is of p_0's source; None: not known, for a file may hold anything."""
+    name, p0 = name.removesuffix("-train"), p0.removesuffix("-train")
+    if name == p0:
         return True
-    known = {"cifar100", "svhn", "noise", "rest"}
-    return False if {name.removesuffix("-train"), p0.removesuffix("-train")} <= known else None
+    return False if name in SETS and p0 in SETS else None
 
 
 def run(args):
@@ -400,7 +408,9 @@ def run(args):
     p_0 = p_0[torch.randperm(len(p_0), device=args.device)]
     if "energy" not in results:
         x_0 = to_float(p_0[:250])  # attacked as in training, here in float32
-        x_k = ascend(logit(f), x_0, K, args.attack_step_size, eps=args.attack_eps, norm=args.norm)
+        with frozen(f):
+            x_k = ascend(logit(f), x_0, K, args.attack_step_size, eps=args.attack_eps,
+                         norm=args.norm)
         results["energy"] = {"data": energies(f, x_data), "p0": energies(f, x_0),
                              "p0_attacked": energies(f, x_k)}
         save_results(args, results)
@@ -408,18 +418,21 @@ def run(args):
 
     outliers = results.setdefault("ood", {})
     for name in args.ood_sets:
-        made_with = {"images": args.ood_images, "steps": args.ood_steps}
-        if outliers.get(name, {}).get("flags") != made_with:
+        key = name
+        if (args.ood_images, args.ood_steps) != (args.defaults["ood_images"],
+                                                 args.defaults["ood_steps"]):
+            key = f"{name}, {args.ood_images} images, {args.ood_steps} steps"
+        if "auroc" not in outliers.get(key, {}):
             try:
                 x = load_set(name, args, x_rest)
             except Refused as e:
-                outliers[name] = {"skipped": str(e)}
+                outliers[key] = {"skipped": str(e)}
             else:
                 torch.manual_seed(args.seed)
-                outliers[name] = detect(f, x_data, x, args.ood_images, args.ood_steps)
-                outliers[name].update(seen_in_p0=in_p0(name, args.p0), flags=made_with)
+                outliers[key] = detect(f, x_data, x, args.ood_images, args.ood_steps)
+                outliers[key]["seen_in_p0"] = in_p0(name, args.p0)
             save_results(args, results)
-        say(f"outliers, {name}: {outliers[name]}")
+        say(f"outliers, {key}: {outliers[key]}")
 
     turns = torch.arange(args.num_samples, device=args.device) % len(p_0)
     starts = {"ascent": p_0[turns], "translation": sources}
@@ -430,10 +443,10 @@ def run(args):
             continue
         unused = ("translate_from",) if sampler == "ascent" else ()
         name, made_with = set_of_samples(args, sampler, *unused)
-        if len(starts[sampler]) < args.num_samples:
+        if sampler == "translation" and len(sources) < args.num_samples:
             say(f"{name}: --num-samples {args.num_samples}, but there are {len(sources)} test "
                 "images to translate: of so few, FID is biased")
-        if name not in results["samples"]:
+        if not is_there(args, results, name, made_with):
             images, moved = sample(f, sampler, starts[sampler], args)
             path = f"{args.out}/samples_{name}"
             save_samples(path, images)
@@ -444,7 +457,7 @@ def run(args):
                                         "energy": energies(f, images), "flags": made_with}
             save_results(args, results)
         names.append(name)
-    score(args, results, names)
+    add_is_and_fid(args, results, names)
 
 
 # ================================================================ the same in all four scripts
@@ -496,7 +509,7 @@ def resume(args, **parts):
     if args.epochs < done:
         raise Refused(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        say(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
+        say(f"--epochs was {planned}: the schedules now run to {args.epochs}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
@@ -510,14 +523,14 @@ def load_results(args):
     """What results.json holds of the present checkpoint; nothing, where it is of an earlier one."""
     checkpoint = hashlib.sha256(Path(args.out, "checkpoint.pt").read_bytes()).hexdigest()
     path = Path(args.out, "results.json")
-    results = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e:
+        raise Refused(f"{path} is damaged ({e}): delete it") from e
     if results.get("checkpoint") != checkpoint:
         results = {"checkpoint": checkpoint, "epochs": args.epochs, "samples": {}}
         results["training"] = flags(args, args.training)
         results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
-    there = {path.name for path in path.parent.glob("samples_*.npz")}
-    rows = results["samples"].items()
-    results["samples"] = {name: row for name, row in rows if f"samples_{name}.npz" in there}
     return results
 
 
@@ -535,24 +548,30 @@ def set_of_samples(args, sampler, *unused):
     return re.sub(r"[^\w.-]", "-", "_".join([sampler, *changed])), made_with
 
 
-def score(args, results, names):
-    """IS and FID of these sets, or the reason why there are none, into their rows."""
+def is_there(args, results, name, made_with):
+    """Whether a set of samples made with these flags is there, row and file."""
+    row = results["samples"].get(name, {})
+    return row.get("flags") == made_with and Path(args.out, f"samples_{name}.npz").exists()
+
+
+def add_is_and_fid(args, results, names):
+    """To the rows of these sets of samples; null, and the reason, where there are none."""
     files = [f"{args.out}/samples_{name}.npz" for name in names]
     for name, file in zip(names, files):
         row = results["samples"][name]
-        row.setdefault("fid", None)
-        if args.smoke:
-            row["reason"] = "digits have no IS and FID"
-        elif args.device == "cpu":
-            row["reason"] = "IS and FID take hours on a CPU"
-        elif row["fid"] is None:
-            try:
-                from metrics import score as inception_scores
-                row.update(inception_scores([file], args.data, device=args.device)[0], reason=None)
-            except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights, no memory
-                row["reason"] = one_line(e)
+        if row.get("fid") is None:
+            row.update(is_mean=None, is_std=None, fid=None, reason="they take hours on a CPU")
+            if args.smoke:
+                row["reason"] = "they are not for digits"
+            elif args.device == "cuda":
+                try:
+                    from metrics import score
+                    row.update(score([file], args.data, device="cuda")[0], reason=None)
+                except (ImportError, OSError, ValueError, RuntimeError) as e:  # weights, memory
+                    row["reason"] = one_line(e)
         save_results(args, results)
-        say(f"{name}: { {key: value for key, value in row.items() if key != 'flags'} }")
+        shown = {key: value for key, value in row.items() if key != "flags"}
+        say(f"{name}: {shown}")
     if not args.smoke:
         say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
 
@@ -576,7 +595,7 @@ def typed(flag):
 
 
 def flags(args, names):
-    """For a file: strict JSON has no infinity."""
+    """The values of these flags, for JSON, which has no infinity."""
     values = {name: getattr(args, name) for name in names}
     return {name: "inf" if value == math.inf else value for name, value in values.items()}
 
@@ -603,13 +622,14 @@ def read_flags(groups, argv, presets):
         sys.exit()
     if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
-    for norm, *lengths in (("norm", "attack_eps", "attack_step_size"),
-                           ("sample_norm", "sample_step_size")):
-        missing = [typed(flag) for flag in lengths if flag not in given]
+    lengths = [flag for flag in training if flag.endswith(("_eps", "_step_size"))
+               and defaults[flag] not in (None, math.inf)]
+    for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
+        missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"another {typed(norm)} has other lengths: give {', '.join(missing)}, too")
+            parser.error(f"{typed(norm)} measures {' and '.join(missing)}: give them, too")
     args = argparse.Namespace(**{**defaults, **given})
-    args.training, args.sampling, args.defaults = training, sampling, defaults
+    args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given
     if args.amp is None:
         args.amp = args.device == "cuda"

@@ -21,7 +21,8 @@ Writes to --out: checkpoint.pt; log.jsonl, a line an epoch; for each sampler a s
 samples_cs.{png,npz} and so on, named by the sampling flags that are not at their defaults
 (samples_cs_start-pooled_steps-25.png); results.json, with a row for each set and the accuracy. The
 same command resumes after the last finished epoch, draws what is not there yet, and leaves the rest
-(a --smoke without --out begins afresh). More epochs make the rows of results.json void.
+(a --smoke without --out begins afresh). More epochs make the rows of results.json void. Langevin's
+step is JEM's: the slides' x + a grad log p(x) + sqrt(2 a) xi would be noise alone in [0, 1].
 
 Sources of the defaults: [slides] the paper's; [robustness] MadryLab/robustness, on which the paper
 builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019, and their released net; [JEM] the
@@ -99,8 +100,8 @@ def parse_args(argv=None):
     add = training.add_argument_group("training; a checkpoint belongs to these").add_argument
     add("--arch", default="resnet50", choices=("resnet50", "resnet18", "resnet18-half", "small-32",
                                                 "small-16"),
-        help="[slides]; resnet18-half: half its channels; small-W: three stages, of W, 2 W and 4 W "
-             "channels")
+        help="resnet50 [slides]; resnet18-half: half its channels; small-W: three stages, of W, "
+             "2 W and 4 W channels")
     add("--batch-size", type=positive, default=128, help="images [robustness]")
     add("--lr", type=number, default=0.1, help="learning rate [robustness]")
     add("--schedule", default="steps", choices=("steps", "cycle"),
@@ -111,11 +112,11 @@ def parse_args(argv=None):
     add("--norm", default="l2", choices=("l2", "linf"),
         help="of ball and step [assumed: Santurkar]; linf needs another --attack-eps and step size")
     add("--attack-eps", type=number, default=0.5,
-        help="radius, pixels in [0, 1] [assumed: Santurkar]")
+        help="radius, of images in [0, 1] [assumed: Santurkar]")
     add("--attack-steps", type=count, default=7,
         help="0: no attack, no random start either, the control [assumed: Santurkar]")
     add("--attack-step-size", type=number, default=0.1,
-        help="pixels in [0, 1] [assumed: Santurkar]")
+        help="for images in [0, 1] [assumed: Santurkar]")
     add("--seed", type=count, default=0, help="of weights, data order and attacks")
     add("--limit", type=positive, default=50000, help="at most so many images of each set")
     add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
@@ -123,16 +124,18 @@ def parse_args(argv=None):
     sampling = argparse.ArgumentParser(add_help=False)
     add = sampling.add_argument_group("sampling; a set of samples belongs to these").add_argument
     add("--start", default="class", metavar="KIND",
-        help="class: a Gaussian of each [Santurkar]; pooled: one of all; fields: random colours "
-             "[ours]; cifar100, svhn or a .npy: images [ours]")
+        help="class: a Gaussian of each [Santurkar]; pooled: one of all [ours]; fields: random "
+             "colours [ours]; cifar100, svhn or a .npy: images [ours]")
     add("--start-split", default="train", choices=("train", "test"),
         help="the Gaussians' images [ours, so that no test image enters; Santurkar: test]")
     add("--num-samples", type=positive, default=50000, help="of each sampler [assumed]")
     add("--sample-seed", type=count, default=0, help="of starts and noise: another set of samples")
     add("--sample-steps", type=count, default=60, help="[Santurkar]")
     add("--sample-step-size", type=number,
-        help="pixels in [0, 1]; None: 0.5 [Santurkar], langevin 0.25 of the gradient itself [JEM]")
-    add("--sample-eps", type=radius, default=30.0, help="radius around the start [Santurkar]")
+        help="l2 length, of images in [0, 1]; None: 0.5 [Santurkar]; langevin: 0.25 of the "
+             "gradient itself [JEM], another one with --sample-norm")
+    add("--sample-eps", type=radius, default=30.0,
+        help="radius around the start; 60 x 0.5 does not reach beyond it [Santurkar]; inf: none")
     add("--sample-norm", choices=("l2", "linf", "none"),
         help="of ball and step; none: the gradient itself, in an l2 ball; None: l2 [Santurkar], "
              "langevin none [JEM]")
@@ -150,7 +153,7 @@ def parse_args(argv=None):
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; None: on CUDA")
     add("--record", default=False, action=argparse.BooleanOptionalAction,
-        help="an update, a chain: one CUDA graph [ours]; never yet seen to win")
+        help="an update, and a chain, as one CUDA graph [ours]; not yet tried on a GPU")
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="[slides]")
@@ -160,7 +163,7 @@ def parse_args(argv=None):
     smoke = dict(
         out="runs/cem_sup-smoke", arch="small-16", epochs=9, batch_size=32, schedule="cycle",
         attack_eps=2.0, attack_steps=1, attack_step_size=2.0, sample_steps=30, num_samples=100)
-    # pairs: where all flags of the left are given, the defaults of the right
+    # pairs: where the flags have the values on the left, the defaults on the right
     return read_flags((training, sampling, running), argv,
                       [({"small": True}, small), ({"smoke": True}, smoke)])
 
@@ -182,7 +185,8 @@ class Classifier(nn.Module):
 
 def make_model(arch="resnet50"):
     """A Classifier: ResNet with a 3x3 stem of stride 1, no max-pool [robustness], and torchvision's
-    initialisation [assumed; robustness keeps PyTorch's]; or small-W."""
+    initialisation [assumed; robustness keeps PyTorch's]; or, with PyTorch's, a ResNet-18 of half
+    the width, or small-W [ours]."""
     if arch.startswith("small"):
         w = int(arch.removeprefix("small-"))
         return Classifier(nn.Sequential(
@@ -246,7 +250,7 @@ def train(f, x_train, y_train, args):
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             optimizer.step()
-            losses.append(loss.clone())  # stays on the device: nothing waits for it
+            losses.append(loss.clone())  # the next recorded update overwrites it
         log(args, epoch=epoch + 1, loss=torch.stack(losses).mean().item(), lr=lr)
         save_checkpoint(args, epoch + 1, model=f, optimizer=optimizer)
 
@@ -261,17 +265,24 @@ def evaluate(f, x, y, args):
 
 
 def with_own_step(args, sampler):
-    """args, with the sampler's own step where no flag says otherwise."""
+    """args for this sampler, with its own step where no flag says otherwise. Its own is the default
+    also where its set of samples is named."""
     own = LANGEVIN_STEP if sampler == "langevin" else STEP
-    values = {flag: value for flag, value in own.items() if getattr(args, flag) is None}
-    defaults = {**args.defaults, **own}
-    return argparse.Namespace(**{**vars(args), **values, "defaults": defaults})
+    settings = argparse.Namespace(**vars(args))
+    settings.defaults = {**args.defaults, **own}
+    if args.sample_norm is None and sampler == "langevin":
+        settings.sample_step_size = None  # a length, no factor of the gradient
+    for flag, value in own.items():
+        if getattr(settings, flag) is None:
+            setattr(settings, flag, value)
+    return settings
 
 
 def run(args):
     x_train, y_train, x_test, y_test = load_data(args)
     split = (x_test, y_test) if args.start_split == "test" else (x_train, y_train)
-    start = starts(args.start, *split, root=args.data)
+    # here, so that a wrong --start is seen before the training
+    start = starts(args.start, *split, root=None if args.smoke else args.data)
     torch.manual_seed(args.seed)
     f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     say_how_long(args, f, forwards=(2 * args.attack_steps + 3) * len(x_train))
@@ -288,7 +299,7 @@ def run(args):
     for sampler in args.sampler:
         settings = with_own_step(args, sampler)
         name, made_with = set_of_samples(settings, sampler)
-        if name not in results["samples"]:
+        if not is_there(args, results, name, made_with):
             images, labels, moved = sample(f, sampler, start, settings)
             if sampler == "langevin" and args.start != "class":
                 labels = None  # neither its start nor its score knows a class
@@ -296,7 +307,7 @@ def run(args):
             results["samples"][name] = {"n": len(images), "moved": moved, "flags": made_with}
             save_results(args, results)
         names.append(name)
-    score(args, results, names)
+    add_is_and_fid(args, results, names)
 
 
 # ================================================================ the same in all four scripts
@@ -348,7 +359,7 @@ def resume(args, **parts):
     if args.epochs < done:
         raise Refused(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        say(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
+        say(f"--epochs was {planned}: the schedules now run to {args.epochs}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
@@ -362,14 +373,14 @@ def load_results(args):
     """What results.json holds of the present checkpoint; nothing, where it is of an earlier one."""
     checkpoint = hashlib.sha256(Path(args.out, "checkpoint.pt").read_bytes()).hexdigest()
     path = Path(args.out, "results.json")
-    results = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e:
+        raise Refused(f"{path} is damaged ({e}): delete it") from e
     if results.get("checkpoint") != checkpoint:
         results = {"checkpoint": checkpoint, "epochs": args.epochs, "samples": {}}
         results["training"] = flags(args, args.training)
         results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
-    there = {path.name for path in path.parent.glob("samples_*.npz")}
-    rows = results["samples"].items()
-    results["samples"] = {name: row for name, row in rows if f"samples_{name}.npz" in there}
     return results
 
 
@@ -387,24 +398,30 @@ def set_of_samples(args, sampler, *unused):
     return re.sub(r"[^\w.-]", "-", "_".join([sampler, *changed])), made_with
 
 
-def score(args, results, names):
-    """IS and FID of these sets, or the reason why there are none, into their rows."""
+def is_there(args, results, name, made_with):
+    """Whether a set of samples made with these flags is there, row and file."""
+    row = results["samples"].get(name, {})
+    return row.get("flags") == made_with and Path(args.out, f"samples_{name}.npz").exists()
+
+
+def add_is_and_fid(args, results, names):
+    """To the rows of these sets of samples; null, and the reason, where there are none."""
     files = [f"{args.out}/samples_{name}.npz" for name in names]
     for name, file in zip(names, files):
         row = results["samples"][name]
-        row.setdefault("fid", None)
-        if args.smoke:
-            row["reason"] = "digits have no IS and FID"
-        elif args.device == "cpu":
-            row["reason"] = "IS and FID take hours on a CPU"
-        elif row["fid"] is None:
-            try:
-                from metrics import score as inception_scores
-                row.update(inception_scores([file], args.data, device=args.device)[0], reason=None)
-            except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights, no memory
-                row["reason"] = one_line(e)
+        if row.get("fid") is None:
+            row.update(is_mean=None, is_std=None, fid=None, reason="they take hours on a CPU")
+            if args.smoke:
+                row["reason"] = "they are not for digits"
+            elif args.device == "cuda":
+                try:
+                    from metrics import score
+                    row.update(score([file], args.data, device="cuda")[0], reason=None)
+                except (ImportError, OSError, ValueError, RuntimeError) as e:  # weights, memory
+                    row["reason"] = one_line(e)
         save_results(args, results)
-        say(f"{name}: { {key: value for key, value in row.items() if key != 'flags'} }")
+        shown = {key: value for key, value in row.items() if key != "flags"}
+        say(f"{name}: {shown}")
     if not args.smoke:
         say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
 
@@ -428,7 +445,7 @@ def typed(flag):
 
 
 def flags(args, names):
-    """For a file: strict JSON has no infinity."""
+    """The values of these flags, for JSON, which has no infinity."""
     values = {name: getattr(args, name) for name in names}
     return {name: "inf" if value == math.inf else value for name, value in values.items()}
 
@@ -455,13 +472,14 @@ def read_flags(groups, argv, presets):
         sys.exit()
     if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
-    for norm, *lengths in (("norm", "attack_eps", "attack_step_size"),
-                           ("sample_norm", "sample_step_size")):
-        missing = [typed(flag) for flag in lengths if flag not in given]
+    lengths = [flag for flag in training if flag.endswith(("_eps", "_step_size"))
+               and defaults[flag] not in (None, math.inf)]
+    for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
+        missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"another {typed(norm)} has other lengths: give {', '.join(missing)}, too")
+            parser.error(f"{typed(norm)} measures {' and '.join(missing)}: give them, too")
     args = argparse.Namespace(**{**defaults, **given})
-    args.training, args.sampling, args.defaults = training, sampling, defaults
+    args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given
     if args.amp is None:
         args.amp = args.device == "cuda"

@@ -8,9 +8,9 @@ unit g and t are ACL's.
             NCE(x, x') = -log [ exp f(x, x') / sum_j exp f(x, x_j) ]      j: x', all other views
             NT-Xent, the loss here, is the mean of NCE(x, x') and NCE(x', x)
   MaxEnt    N samples move together to raise H = -1/N sum_i log 1/N sum_j exp f(x_i, x_j), each
-            along grad -log sum_{j != i} exp f(x_i, sg[x_j]). sg: held constant, so that x_i's part
-            in the other samples' terms is left out, and this is not quite grad H
-  PGD       the training's attack as a sampler: x_i leaves its start, the positive, and nears the
+            along grad -log sum_{j != i} exp f(x_i, sg[x_j]). sg: no gradient, so that the terms of
+            others which contain x_i are dropped, and this is not quite grad H
+  PGD       the attack on one view as a sampler: x_i leaves its start, the positive, and nears the
             other samples. MaxEnt's samples repel each other, PGD's attract each other
 
   python cem_unsup.py                     the paper's run: CIFAR-10 (downloaded), ResNet-50
@@ -70,8 +70,9 @@ def nt_xent(z1, z2, temperature):
 
 
 def cem_loss(g, x, x_prime, tau, views="both", **attack):
-    """max_{|x_hat - x| <= eps} NCE(x_hat, x') of two views x, x' [B, 3, 32, 32] in [0, 1] of each
-    image. views: "both" are moved, or "one". attack: steps, step_size, eps, norm."""
+    """NT-Xent of two views x, x' [B, 3, 32, 32] in [0, 1] of each image, after the attack. views:
+    "both" are moved, to raise NT-Xent; or "one", to raise NCE(x_hat, x'). attack: steps, step_size,
+    eps, norm."""
     if x.shape != x_prime.shape or views not in ("both", "one"):
         raise ValueError(f"{list(x.shape)} and {list(x_prime.shape)} as views; {views!r} moved")
     with frozen(g):
@@ -183,7 +184,7 @@ def parse_args(argv=None):
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; None: on CUDA")
     add("--record", default=False, action=argparse.BooleanOptionalAction,
-        help="an update, a chain: one CUDA graph [ours]; never yet seen to win")
+        help="an update, and a chain, as one CUDA graph [ours]; not yet tried on a GPU")
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="maxent [memory]; pgd [assumed]")
@@ -195,7 +196,7 @@ def parse_args(argv=None):
         out="runs/cem_unsup-smoke", arch="small-16", epochs=5, batch_size=64, lr=0.03,
         crop_area=0.4, jitter=1.0, gray=0.5, norm="l2", attack_eps=1.0,
         attack_steps=1, attack_step_size=1.25, sample_steps=30, num_samples=100)
-    # pairs: where all flags of the left are given, the defaults of the right
+    # pairs: where the flags have the values on the left, the defaults on the right
     return read_flags((training, sampling, running), argv,
                       [({"small": True}, small), ({"smoke": True}, smoke)])
 
@@ -381,7 +382,7 @@ def train(g, x_train, args):
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             optimizer.step()
-            losses.append(loss.clone())  # stays on the device: nothing waits for it
+            losses.append(loss.clone())  # the next recorded update overwrites it
         log(args, epoch=epoch + 1, loss=torch.stack(losses).mean().item(), lr=lr)
         save_checkpoint(args, epoch + 1, model=g, optimizer=optimizer)
 
@@ -436,16 +437,17 @@ def run(args):
     for sampler in args.sampler:
         for kind in args.start:
             name, made_with = set_of_samples(args, f"{sampler}-{SUFFIXES[kind]}", "start")
-            if name not in results["samples"]:
+            made_with = {"start": kind, **made_with}
+            if not is_there(args, results, name, made_with):
                 images, labels, entropies = sample(g, sampler, start[kind], args)
                 if kind != "class":
                     labels = None
                 save_samples(f"{args.out}/samples_{name}", images, labels)
                 results["samples"][name] = {"n": len(images), "entropy": entropies,
-                                            "flags": {"start": kind, **made_with}}
+                                            "flags": made_with}
                 save_results(args, results)
             names.append(name)
-    score(args, results, names)
+    add_is_and_fid(args, results, names)
 
 
 # ================================================================ the same in all four scripts
@@ -497,7 +499,7 @@ def resume(args, **parts):
     if args.epochs < done:
         raise Refused(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        say(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
+        say(f"--epochs was {planned}: the schedules now run to {args.epochs}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
@@ -511,14 +513,14 @@ def load_results(args):
     """What results.json holds of the present checkpoint; nothing, where it is of an earlier one."""
     checkpoint = hashlib.sha256(Path(args.out, "checkpoint.pt").read_bytes()).hexdigest()
     path = Path(args.out, "results.json")
-    results = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e:
+        raise Refused(f"{path} is damaged ({e}): delete it") from e
     if results.get("checkpoint") != checkpoint:
         results = {"checkpoint": checkpoint, "epochs": args.epochs, "samples": {}}
         results["training"] = flags(args, args.training)
         results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
-    there = {path.name for path in path.parent.glob("samples_*.npz")}
-    rows = results["samples"].items()
-    results["samples"] = {name: row for name, row in rows if f"samples_{name}.npz" in there}
     return results
 
 
@@ -536,24 +538,30 @@ def set_of_samples(args, sampler, *unused):
     return re.sub(r"[^\w.-]", "-", "_".join([sampler, *changed])), made_with
 
 
-def score(args, results, names):
-    """IS and FID of these sets, or the reason why there are none, into their rows."""
+def is_there(args, results, name, made_with):
+    """Whether a set of samples made with these flags is there, row and file."""
+    row = results["samples"].get(name, {})
+    return row.get("flags") == made_with and Path(args.out, f"samples_{name}.npz").exists()
+
+
+def add_is_and_fid(args, results, names):
+    """To the rows of these sets of samples; null, and the reason, where there are none."""
     files = [f"{args.out}/samples_{name}.npz" for name in names]
     for name, file in zip(names, files):
         row = results["samples"][name]
-        row.setdefault("fid", None)
-        if args.smoke:
-            row["reason"] = "digits have no IS and FID"
-        elif args.device == "cpu":
-            row["reason"] = "IS and FID take hours on a CPU"
-        elif row["fid"] is None:
-            try:
-                from metrics import score as inception_scores
-                row.update(inception_scores([file], args.data, device=args.device)[0], reason=None)
-            except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights, no memory
-                row["reason"] = one_line(e)
+        if row.get("fid") is None:
+            row.update(is_mean=None, is_std=None, fid=None, reason="they take hours on a CPU")
+            if args.smoke:
+                row["reason"] = "they are not for digits"
+            elif args.device == "cuda":
+                try:
+                    from metrics import score
+                    row.update(score([file], args.data, device="cuda")[0], reason=None)
+                except (ImportError, OSError, ValueError, RuntimeError) as e:  # weights, memory
+                    row["reason"] = one_line(e)
         save_results(args, results)
-        say(f"{name}: { {key: value for key, value in row.items() if key != 'flags'} }")
+        shown = {key: value for key, value in row.items() if key != "flags"}
+        say(f"{name}: {shown}")
     if not args.smoke:
         say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
 
@@ -577,7 +585,7 @@ def typed(flag):
 
 
 def flags(args, names):
-    """For a file: strict JSON has no infinity."""
+    """The values of these flags, for JSON, which has no infinity."""
     values = {name: getattr(args, name) for name in names}
     return {name: "inf" if value == math.inf else value for name, value in values.items()}
 
@@ -604,13 +612,14 @@ def read_flags(groups, argv, presets):
         sys.exit()
     if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
-    for norm, *lengths in (("norm", "attack_eps", "attack_step_size"),
-                           ("sample_norm", "sample_step_size")):
-        missing = [typed(flag) for flag in lengths if flag not in given]
+    lengths = [flag for flag in training if flag.endswith(("_eps", "_step_size"))
+               and defaults[flag] not in (None, math.inf)]
+    for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
+        missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"another {typed(norm)} has other lengths: give {', '.join(missing)}, too")
+            parser.error(f"{typed(norm)} measures {' and '.join(missing)}: give them, too")
     args = argparse.Namespace(**{**defaults, **given})
-    args.training, args.sampling, args.defaults = training, sampling, defaults
+    args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given
     if args.amp is None:
         args.amp = args.device == "cuda"

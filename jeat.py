@@ -10,7 +10,7 @@ ICCV 2021. With the classifier's logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k
   sampling  SGLD from Gaussians or noise on log p(x|y) = f_y + const, from the buffer on log p(x)
 
   python jeat.py                          the paper's run: CIFAR-10 (downloaded), WRN-28-10
-  python jeat.py --method at --out runs/jeat-at    the paper's baseline: PGD-10 on CE, the same net
+  python jeat.py --method at --out runs/jeat-at    the paper's baseline, as we read it: PGD-10 on CE
   python jeat.py --method prejeat --out runs/prejeat     ours: CE at JEAT's x_adv, no log p(x)
   python jeat.py --small                  CIFAR-10 on a CPU: a small net, a short schedule
   python jeat.py --smoke                  drawn digits, no data: under a minute on two CPU cores
@@ -26,10 +26,10 @@ defaults (samples_gaussian_start-pooled_steps-25.png); results.json, with the ac
 of the energy, and a row for each set with quantiles of E(x). The same command resumes after the
 last finished epoch, draws what is not there yet, and leaves the rest (a --smoke without --out
 begins afresh). More epochs make the rows of results.json void. log.jsonl holds the pieces of the
-loss, means over the updates; E(x) of 250 clean train images as e_clean; and every five epochs the
-PGD-20 accuracy on those 250, because training can overfit to a one-step attack. Chains are not
-clamped, the images in files are. JEM-like training diverges now and then: the run stops at the
-epoch's end and says how to go on.
+loss, means over the updates; E(x) of 250 clean train images as e_clean; and, every five epochs and
+in the last one, the PGD-20 accuracy on those 250, because training can overfit to a one-step
+attack. Chains are not clamped, the images in files are. JEM-like training diverges now and then:
+the run stops there, at the latest at the epoch's end, and says how to go on.
 
 Sources of the defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the
 code of Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading; [ours]
@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from samplers import (Recorded, Refused, ReplayBuffer, accuracy, ascend, at_least_float32,
-                      check_labels, claimed, crop_flip, cross_entropy, eval_mode,
+                      claimed, crop_flip, cross_entropy, eval_mode,
                       joint_energy_score, load_data, log_p_x, log_p_x_given_y, one_line, progress,
                       save_samples, say, say_how_long, sgld, starts, take, to_float, to_uint8,
                       write)
@@ -72,6 +72,10 @@ def joint_energy(logits, y):
     return -take(at_least_float32(logits), y)
 
 
+# JEM's step 1 and noise 0.01 are for u = 2x - 1: x moves half as far, and grad_u = grad_x / 2
+SGLD = dict(step_size=0.25, noise=0.005)
+
+
 def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, norm="linf",
               **attack):
     """L = E(x_adv, y) - E(x_K) of images x [B, 3, 32, 32] in [0, 1] with labels y [B], and its
@@ -85,14 +89,13 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
     with eval_mode(f):  # raise E(x, y), for AT the cross-entropy, in the ball; steps = 0: x itself
         x_adv = ascend(score(f, y), x, norm=norm, random_start=True, **attack)
     logits = at_least_float32(f(x_adv))
-    ce = F.cross_entropy(logits, check_labels(y, logits.shape))
+    ce = cross_entropy(nn.Identity(), y)(logits).mean()
     e_adv = energy(logits).mean()
     if buffer is None:
         return ce, (ce, e_adv)
     x_0, idx = buffer.sample(len(x))
-    # not clamped. JEM: 1 and 0.01 for u = 2x - 1; dx = du / 2 and grad_u = grad_x / 2: 1/4, 0.005
-    with eval_mode(f):
-        x_k = sgld(log_p_x(f), x_0, sgld_steps, step_size=0.25, noise=0.005)
+    with eval_mode(f):  # not clamped
+        x_k = sgld(log_p_x(f), x_0, sgld_steps, **SGLD)
     buffer.update(idx, x_k)
     e_k = energy(f(x_k)).mean()
     return joint_energy(logits, y).mean() - e_k, (ce, e_adv, e_k)  # = CE + E(x_adv) - E(x_K)
@@ -146,7 +149,7 @@ def parse_args(argv=None):
         help="of ball and step [secondary]; l2 needs another --attack-eps and step size")
     add("--attack-eps", type=number, default=8 / 255, help="radius, pixels in [0, 1] [assumed]")
     add("--attack-steps", type=count, default=1,
-        help="[secondary]; at: 10 [assumed]; 0: no attack, the control")
+        help="[secondary]; at: 10 [assumed]; 0: no attack, a control, see above")
     add("--attack-step-size", type=number,
         help="pixels in [0, 1]; None: --attack-eps [secondary], at: a quarter of it [assumed]")
     add("--input-noise", type=number, default=0.015,
@@ -167,11 +170,13 @@ def parse_args(argv=None):
     add("--num-samples", type=positive, default=50000, help="of each sampler [assumed]")
     add("--sample-seed", type=count, default=0, help="of starts and noise: another set of samples")
     add("--sample-steps", type=count, default=100, help="[assumed]")
-    add("--sample-step-size", type=number, default=0.25, help="of the raw gradient [JEM]")
+    add("--sample-step-size", type=number, default=SGLD["step_size"],
+        help="of the raw gradient [JEM]")
     add("--sample-eps", type=radius, default=math.inf, help="radius around the start [secondary]")
     add("--sample-norm", default="none", choices=("none", "l2", "linf"),
         help="none: the raw gradient [secondary]")
-    add("--sample-noise", type=number, default=0.005, help="standard deviation per step [JEM]")
+    add("--sample-noise", type=number, default=SGLD["noise"],
+        help="standard deviation per step [JEM]")
     add("--sample-batch-size", type=positive, default=500, help="images moved together")
 
     running = argparse.ArgumentParser(add_help=False)
@@ -184,20 +189,20 @@ def parse_args(argv=None):
     add("--device", default=DEVICES[0], choices=DEVICES, help="where it runs")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; None: on CUDA")
     add("--record", default=False, action=argparse.BooleanOptionalAction,
-        help="an update, a chain: one CUDA graph [ours]; never yet seen to win")
+        help="an update, and a chain, as one CUDA graph [ours]; not yet tried on a GPU")
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="buffer: of --method jeat only")
 
     no_buffer = dict(sampler=["gaussian", "noise"])
     small = dict(
-        # --sgld-steps 5 or 6 at lr 3e-4 to 1e-3, and 8 at 1e-4, diverged within four epochs
+        # sgld_steps stays at 20: 5 or 6 at lr 3e-4 to 1e-3, and 8 at 1e-4, diverged within 4 epochs
         out="runs/jeat-small", arch="small-24", epochs=10, limit=20000, buffer_size=1000,
         test_images=1000, num_samples=500)
     smoke = dict(
         out="runs/jeat-smoke", arch="small-24", epochs=5, batch_size=32, lr=3e-3,
         lr_drops=[0.5, 0.8], sgld_steps=4, buffer_size=300, sample_steps=40, num_samples=100)
-    # pairs: where all flags of the left are given, the defaults of the right; later ones win
+    # pairs: where the flags have the values on the left, the defaults on the right; later ones win
     args = read_flags((training, sampling, running), argv, [
         ({"method": "prejeat"}, no_buffer), ({"method": "at"}, no_buffer | dict(attack_steps=10)),
         ({"small": True}, small), ({"smoke": True}, smoke)])
@@ -271,23 +276,6 @@ def train(f, buffer, x_train, y_train, args):
     """Train f in place, and the buffer (None: no negatives), from the last checkpoint up to
     --epochs."""
     optimizer = torch.optim.Adam(f.parameters(), args.lr)  # [JEM]
-    parts = dict(model=f, optimizer=optimizer)
-    if buffer is not None:
-        parts["buffer"] = buffer
-    done = resume(args, **parts)
-    for epoch in range(done, args.epochs):
-        try:
-            figures = train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args)
-        except Refused as e:  # a NaN in an attack or a chain; too large a loss
-            keeps = f"--epochs {epoch} samples from the last checkpoint; " if epoch > 0 else ""
-            raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}a smaller --lr "
-                          "or another --seed needs another --out") from e
-        log(args, epoch=epoch + 1, **figures)
-        save_checkpoint(args, epoch + 1, **parts)
-
-
-def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
-    """One pass over the images -> its figures. Refused: it diverged."""
     # prejeat is jeat without a buffer
     score = cross_entropy if args.method == "at" else joint_energy_score
     attack = dict(steps=args.attack_steps, step_size=args.attack_step_size, eps=args.attack_eps,
@@ -301,6 +289,23 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
         return values, *torch.autograd.grad(loss, parameters)
 
     values_and_gradients = Recorded(values_and_gradients, args.record)
+    parts = dict(model=f, optimizer=optimizer)
+    if buffer is not None:
+        parts["buffer"] = buffer
+    done = resume(args, **parts)
+    for epoch in range(done, args.epochs):
+        try:
+            figures = train_epoch(f, values_and_gradients, optimizer, x_train, y_train, epoch, args)
+        except Refused as e:  # a NaN in an attack or a chain; too large a loss
+            keeps = f"--epochs {epoch} samples from the last checkpoint; " if epoch > 0 else ""
+            raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}a smaller --lr "
+                          "or another --seed needs another --out") from e
+        log(args, epoch=epoch + 1, **figures)
+        save_checkpoint(args, epoch + 1, **parts)
+
+
+def train_epoch(f, values_and_gradients, optimizer, x_train, y_train, epoch, args):
+    """One pass over the images -> its figures. Refused: it diverged."""
     f.train()
     values = []
     batches = torch.randperm(len(x_train), device=args.device).split(args.batch_size)
@@ -312,10 +317,10 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
             x = crop_flip(x, mode="reflect")  # [JEM]
         x = (x + args.input_noise * torch.randn_like(x)).clamp(0, 1)  # clamp [assumed]
         value, *gradients = values_and_gradients(x, y)
-        for parameter, gradient in zip(parameters, gradients):
+        for parameter, gradient in zip(f.parameters(), gradients):
             parameter.grad = gradient
         optimizer.step()
-        values.append(value.clone())  # stays on the device
+        values.append(value.clone())  # the next recorded update overwrites it
     values = torch.stack(values)
 
     x, y = to_float(x_train[:250]), y_train[:250]
@@ -327,7 +332,7 @@ def train_epoch(f, buffer, optimizer, x_train, y_train, epoch, args):
     names = ("loss", "ce", "e_adv", "e_k")[:values.shape[1]]  # no e_k without a buffer
     figures = dict(zip(names, values.mean(0).tolist()))
     figures["e_clean"] = e_clean.item()
-    if (epoch + 1) % 5 == 0:
+    if (epoch + 1) % 5 == 0 or epoch + 1 == args.epochs:
         figures["pgd20_train"] = accuracy(f, x, y, cross_entropy, **pgd20(args))
     return {**figures, "lr": lr}
 
@@ -354,7 +359,7 @@ def flatness(f, x, y, args):
     with eval_mode(f):
         e_xy = torch.stack([joint_energy(f(x + r * u), y) for r in radii])  # [R, N]
         x_adv = ascend(cross_entropy(f, y), x, **pgd20(args))
-        x_k = sgld(log_p_x(f), x, 200, step_size=0.25, noise=0.005)
+        x_k = sgld(log_p_x(f), x, 200, **SGLD)
         e_x = {"clean": energy(f(x)), "pgd20": energy(f(x_adv)), "sgld": energy(f(x_k))}
     return {"n": len(x), "radii": radii, "e_xy": e_xy.mean(1).tolist(),
             "change": (e_xy - e_xy[0]).abs().mean(1).tolist(),
@@ -381,7 +386,7 @@ def run(args):
     split = (x_test, y_test) if args.start_split == "test" else (x_train, y_train)
     draw_start = None
     if "gaussian" in args.sampler:
-        draw_start = starts(args.start, *split, root=args.data)
+        draw_start = starts(args.start, *split, root=None if args.smoke else args.data)
     torch.manual_seed(args.seed)
     f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     buffer = None
@@ -399,9 +404,6 @@ def run(args):
         results["accuracy"] = evaluate(f, x_test, y_test, args)
         save_results(args, results)
     say(f"accuracy: {results['accuracy']}")
-    if "flatness" not in results:
-        results["flatness"] = flatness(f, to_float(x_test[:100]), y_test[:100], args)
-        save_results(args, results)
     start = {
         "gaussian": lambda i: draw_start(i % 10),
         "noise": lambda i: torch.rand(len(i), 3, 32, 32, device=i.device),
@@ -411,7 +413,7 @@ def run(args):
     for sampler in args.sampler:
         unused = () if sampler == "gaussian" else ("start", "start_split")
         name, made_with = set_of_samples(args, sampler, *unused)
-        if name not in results["samples"]:
+        if not is_there(args, results, name, made_with):
             images, labels, energies = sample(f, sampler, start[sampler], args)
             row = {"n": len(images), "e_x": quantiles(energies), "flags": made_with}
             if sampler == "buffer":
@@ -421,7 +423,10 @@ def run(args):
             results["samples"][name] = row
             save_results(args, results)
         names.append(name)
-    score(args, results, names)
+    x, y = to_float(x_test[:100]), y_test[:100]
+    if results.get("flatness", {"n": 0})["n"] < len(x):
+        results["flatness"] = flatness(f, x, y, args)
+    add_is_and_fid(args, results, names)
 
 
 # ================================================================ the same in all four scripts
@@ -473,7 +478,7 @@ def resume(args, **parts):
     if args.epochs < done:
         raise Refused(f"{path}: {done} epochs are done, --epochs cannot be fewer")
     if args.epochs != planned:
-        say(f"--epochs was {planned}, is {args.epochs} from here on, and so are its schedules")
+        say(f"--epochs was {planned}: the schedules now run to {args.epochs}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
@@ -487,14 +492,14 @@ def load_results(args):
     """What results.json holds of the present checkpoint; nothing, where it is of an earlier one."""
     checkpoint = hashlib.sha256(Path(args.out, "checkpoint.pt").read_bytes()).hexdigest()
     path = Path(args.out, "results.json")
-    results = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e:
+        raise Refused(f"{path} is damaged ({e}): delete it") from e
     if results.get("checkpoint") != checkpoint:
         results = {"checkpoint": checkpoint, "epochs": args.epochs, "samples": {}}
         results["training"] = flags(args, args.training)
         results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
-    there = {path.name for path in path.parent.glob("samples_*.npz")}
-    rows = results["samples"].items()
-    results["samples"] = {name: row for name, row in rows if f"samples_{name}.npz" in there}
     return results
 
 
@@ -512,24 +517,30 @@ def set_of_samples(args, sampler, *unused):
     return re.sub(r"[^\w.-]", "-", "_".join([sampler, *changed])), made_with
 
 
-def score(args, results, names):
-    """IS and FID of these sets, or the reason why there are none, into their rows."""
+def is_there(args, results, name, made_with):
+    """Whether a set of samples made with these flags is there, row and file."""
+    row = results["samples"].get(name, {})
+    return row.get("flags") == made_with and Path(args.out, f"samples_{name}.npz").exists()
+
+
+def add_is_and_fid(args, results, names):
+    """To the rows of these sets of samples; null, and the reason, where there are none."""
     files = [f"{args.out}/samples_{name}.npz" for name in names]
     for name, file in zip(names, files):
         row = results["samples"][name]
-        row.setdefault("fid", None)
-        if args.smoke:
-            row["reason"] = "digits have no IS and FID"
-        elif args.device == "cpu":
-            row["reason"] = "IS and FID take hours on a CPU"
-        elif row["fid"] is None:
-            try:
-                from metrics import score as inception_scores
-                row.update(inception_scores([file], args.data, device=args.device)[0], reason=None)
-            except (ImportError, OSError, ValueError, RuntimeError) as e:  # no weights, no memory
-                row["reason"] = one_line(e)
+        if row.get("fid") is None:
+            row.update(is_mean=None, is_std=None, fid=None, reason="they take hours on a CPU")
+            if args.smoke:
+                row["reason"] = "they are not for digits"
+            elif args.device == "cuda":
+                try:
+                    from metrics import score
+                    row.update(score([file], args.data, device="cuda")[0], reason=None)
+                except (ImportError, OSError, ValueError, RuntimeError) as e:  # weights, memory
+                    row["reason"] = one_line(e)
         save_results(args, results)
-        say(f"{name}: { {key: value for key, value in row.items() if key != 'flags'} }")
+        shown = {key: value for key, value in row.items() if key != "flags"}
+        say(f"{name}: {shown}")
     if not args.smoke:
         say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
 
@@ -553,7 +564,7 @@ def typed(flag):
 
 
 def flags(args, names):
-    """For a file: strict JSON has no infinity."""
+    """The values of these flags, for JSON, which has no infinity."""
     values = {name: getattr(args, name) for name in names}
     return {name: "inf" if value == math.inf else value for name, value in values.items()}
 
@@ -580,13 +591,14 @@ def read_flags(groups, argv, presets):
         sys.exit()
     if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
-    for norm, *lengths in (("norm", "attack_eps", "attack_step_size"),
-                           ("sample_norm", "sample_step_size")):
-        missing = [typed(flag) for flag in lengths if flag not in given]
+    lengths = [flag for flag in training if flag.endswith(("_eps", "_step_size"))
+               and defaults[flag] not in (None, math.inf)]
+    for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
+        missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"another {typed(norm)} has other lengths: give {', '.join(missing)}, too")
+            parser.error(f"{typed(norm)} measures {' and '.join(missing)}: give them, too")
     args = argparse.Namespace(**{**defaults, **given})
-    args.training, args.sampling, args.defaults = training, sampling, defaults
+    args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given
     if args.amp is None:
         args.amp = args.device == "cuda"

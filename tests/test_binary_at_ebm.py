@@ -356,19 +356,25 @@ def test_whether_an_outlier_set_was_trained_on(name, p0, seen):
 
 def test_outliers_that_are_not_to_be_had_are_skipped_and_those_computed_stay(few_images, tmp_path, monkeypatch):
     np.savez(tmp_path / "set.npz", DRAW(250, 1)[0].permute(0, 2, 3, 1).numpy())
-    flags = [*TINY, "noise", "svhn", "cifar100-train", "no.npy", "--p0", tmp_path / "set.npz", "--ood-images", 5,
-             "--ood-steps"]
+    flags = [*TINY, "noise", "svhn", "cifar100-train", "--p0", tmp_path / "set.npz", "--ood-images", 5, "--ood-steps"]
+    noise, svhn, cifar100 = (f"{name}, 5 images, 1 steps" for name in ("noise", "svhn", "cifar100-train"))
     rows = main(tmp_path / "out", *flags, 1)["ood"]
-    assert "downloads nothing" in rows["svhn"]["skipped"] and "no.npy" in rows["no.npy"]["skipped"]
-    assert rows["noise"]["n"] == 5 and rows["noise"]["seen_in_p0"] is None  # the file may hold it
+    assert "downloads nothing" in rows[svhn]["skipped"] and "downloads nothing" in rows[cifar100]["skipped"]
+    assert rows[noise]["n"] == 5 and rows[noise]["seen_in_p0"] is None  # the file may hold it
     computed = []
     monkeypatch.setattr(binary_at_ebm, "load_set", lambda *args, **kwargs: DRAW(20, 3)[0])
     spy(monkeypatch, "detect", lambda args, kwargs: computed.append(args[4]))
     later = main(tmp_path / "out", *flags, 1)["ood"]  # now they are to be had
-    assert computed == [1, 1, 1] and later["noise"] == rows["noise"]
-    assert [row["n"] for row in later.values()] == [5] * 4
-    main(tmp_path / "out", *flags, 2)
-    assert computed == [1] * 3 + [2] * 4  # by other flags, all anew
+    assert computed == [1, 1] and later[noise] == rows[noise]
+    assert [row["n"] for row in later.values()] == [5] * 3
+    last = main(tmp_path / "out", *flags, 2)["ood"]
+    assert computed == [1] * 2 + [2] * 3  # by other flags, all anew,
+    assert last.items() > later.items() and len(last) == 6  # and none is lost
+
+
+def test_a_slip_in_the_outliers_is_seen_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(binary_at_ebm, "train", lambda *args: pytest.fail("trained"))
+    assert "no such file" in error(capsys, *TINY, "svnh", "--out", tmp_path / "out")
 
 
 # ---------------------------------------------------------------- settings and training

@@ -113,6 +113,9 @@ def test_langevin_has_a_step_of_its_own():
     name, flags = cem_sup.set_of_samples(cem_sup.with_own_step(old, "langevin"), "langevin")
     assert name == "langevin_step-size-0.5_norm-l2_noise-0.0" and flags["sample_norm"] == "l2"
     assert cem_sup.set_of_samples(cem_sup.with_own_step(old, "cs"), "cs")[0] == "cs"  # its own, though given
+    shorter = cem_sup.parse_args(["--sample-step-size", "0.2"])  # a length, no factor of the gradient
+    steps = [cem_sup.with_own_step(shorter, name).sample_step_size for name in ("cs", "langevin")]
+    assert steps == [0.2, 0.25]
 
 
 @pytest.mark.parametrize("arch, parameters",

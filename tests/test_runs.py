@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+import binary_at_ebm
 import cem_sup
 import conftest
+import jeat
 import metrics
 import samplers
 from conftest import DRAW, ROOT, run_script
@@ -116,8 +118,7 @@ def test_results_of_another_training_do_not_stay(run):
 
 
 def test_each_piece_is_written_as_soon_as_it_exists(run, monkeypatch):
-    for path in run.glob("samples_*"):
-        path.unlink()
+    (run / "results.json").unlink()
     sample = cem_sup.sample
 
     def second_breaks(f, sampler, start, args):
@@ -128,6 +129,23 @@ def test_each_piece_is_written_as_soon_as_it_exists(run, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         again(run, "--sampler", "ta", "cs")
     assert set(results_of(run)["samples"]) == {TA} and results_of(run)["accuracy"]["n"] == 20
+
+
+def test_a_set_of_the_same_name_made_with_other_flags_is_drawn_anew(run):
+    """Names leave out what is at its default, which differs with and without a preset."""
+    results = results_of(run)
+    results["samples"][CS]["flags"]["sample_steps"] = 60
+    (run / "results.json").write_text(json.dumps(results))
+    images = samples_of(run, CS)
+    (run / f"samples_{CS}.npz").write_bytes(b"of 60 steps")
+    again(run, "--sampler", "cs")
+    assert results_of(run)["samples"][CS]["flags"]["sample_steps"] == 3
+    assert np.array_equal(samples_of(run, CS), images)
+
+
+def test_a_damaged_results_file_is_named(run, capsys):
+    (run / "results.json").write_text("{")
+    assert "results.json is damaged" in error(capsys, *TINY, "--out", run)
 
 
 def test_infinite_radii_are_strict_json(run):
@@ -150,7 +168,7 @@ def scores_with(monkeypatch, run, score):
     args.device, args.smoke = "cuda", False
     monkeypatch.setitem(sys.modules, "metrics", types.SimpleNamespace(**score))
     results = results_of(run)
-    cem_sup.score(args, results, [CS, TA])
+    cem_sup.add_is_and_fid(args, results, [CS, TA])
     assert results_of(run) == results
     return results["samples"]
 
@@ -173,13 +191,14 @@ def test_scores_or_the_reason(run, monkeypatch, capsys):
     rows = scores_with(monkeypatch, run, {"score": score})
     assert calls == [(f"samples_{CS}.npz", "da ta", "cuda"), (f"samples_{TA}.npz", "da ta", "cuda")]
     assert rows[TA]["fid"] == 50.0 and rows[TA]["moved"] > 0 and rows[TA]["reason"] is None
-    scores_with(monkeypatch, run, {"score": no_weights})  # what is scored stays so
-    assert results_of(run)["samples"][TA]["fid"] == 50.0
+    rows = scores_with(monkeypatch, run, {"score": no_weights})  # what is scored stays so, on a CPU too
+    cem_sup.add_is_and_fid(cem_sup.parse_args(["--device", "cpu", "--out", str(run)]), results_of(run), [TA])
+    assert results_of(run)["samples"][TA] == rows[TA] and rows[TA]["fid"] == 50.0 and rows[TA]["reason"] is None
 
 
 def test_scores_on_a_cpu_are_for_later(run, capsys):
     args = cem_sup.parse_args(["--out", str(run), "--device", "cpu"])
-    cem_sup.score(args, results_of(run), [CS])
+    cem_sup.add_is_and_fid(args, results_of(run), [CS])
     assert "hours on a CPU" in results_of(run)["samples"][CS]["reason"]
     assert f"python metrics.py {run}/samples_{CS}.npz --data ./data" in capsys.readouterr().out
     assert metrics.load_images(run / f"samples_{CS}.npz").shape == (20, 3, 32, 32)  # what that command reads
@@ -371,6 +390,7 @@ def test_the_progress_line(monkeypatch, terminal):
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     assert len(list(progress([[0] * 10] * 7, "epoch 1"))) == 7
+    assert stdout.text().count("\x1b[K") == (7 if terminal else 0)
     lines = stdout.text().replace("\x1b[K", "").replace("\r", "\n").splitlines()
     assert len(lines) == (7 if terminal else 3)
     assert lines[-1] == "epoch 1: 70/70 images, 1/s, 0 s left" and "40/70 images, 1/s, 23 s left" in stdout.text()
@@ -398,7 +418,8 @@ def test_a_path_that_the_terminal_cannot_print(tmp_path, monkeypatch):
     ("--attack-eps inf", "not in"), ("--epochs x", "int"), ("--lr-drops 50 100", "50 is not in 0 ... 1"),
     ("--sampler gan", "gan"), ("--device tpu", "tpu"), ("--norm l1", "l1"), ("--limit 5", "ten classes"),
     ("--sample-step-size inf", "not in"), ("--start no.npy", "no.npy"), ("--small", "not both"),
-    ("--norm linf", "--attack-eps, --attack-step-size"), ("--norm linf --attack-eps 0.03", "--attack-step-size"),
+    ("--norm linf", "--attack-eps and --attack-step-size"), ("--norm linf --attack-eps 0.03", "--attack-step-size"),
+    ("--start cifar100", "downloads nothing"),
     ("--sample-norm linf", "--sample-step-size"), ("--seed 1.5", "int")])
 def test_wrong_flags(flags, words, capsys, tmp_path):
     assert words in error(capsys, "--smoke", "--out", tmp_path / "out", *flags.split())
@@ -408,6 +429,14 @@ def test_wrong_flags(flags, words, capsys, tmp_path):
 def test_another_norm_with_its_lengths_is_taken():
     args = cem_sup.parse_args("--norm linf --attack-eps 0.03 --attack-step-size 0.01 --norm linf".split())
     assert args.norm == "linf" and cem_sup.parse_args(["--norm", "l2"]).attack_eps == 0.5
+
+
+def test_all_lengths_of_a_norm_are_asked_for(capsys):
+    """AT-EBM's ball around the data has one of its own; JEAT's step follows its radius; infinite radii fit any norm."""
+    flags = "--mode ood --norm linf --attack-eps 0.03 --attack-step-size 0.01".split()
+    assert "--positive-eps" in conftest.error(binary_at_ebm, capsys, *flags)
+    assert binary_at_ebm.parse_args([*flags[2:]]).positive_eps == np.inf
+    assert jeat.parse_args("--norm l2 --attack-eps 0.5".split()).attack_step_size == 0.5
 
 
 def test_an_edits_error_keeps_its_traceback(run, monkeypatch):
@@ -465,7 +494,7 @@ def test_a_long_run_on_a_cpu_says_so(capsys, monkeypatch):
     assert "hours; --small is made for a CPU" in said and "--amp" in said
     samplers.say_how_long(cem_sup.parse_args(["--device", "cpu", "--small", "--amp"]), f, forwards=1)
     said = capsys.readouterr().out
-    assert "hours" in said and "--small" not in said and "--amp" not in said
+    assert "hours\n" in said and "--small" not in said and "--amp" not in said
     samplers.say_how_long(cem_sup.parse_args(["--device", "cpu", "--smoke"]), f, forwards=1)
     assert capsys.readouterr().out == "" and f.training
     assert all(torch.equal(t, before[name]) for name, t in f.state_dict().items())

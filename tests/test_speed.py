@@ -118,7 +118,6 @@ def test_a_training_step_waits_for_its_attacks_only(name, images, monkeypatch):
     script, step, *_ = STEPS[name]
     f = script.make_model(SMALL[script]).train()
     monkeypatch.setattr(samplers, "check_labels", lambda y, logits: y)
-    monkeypatch.setattr(jeat, "check_labels", lambda y, logits: y)
     waits = []
     for K in (1, 3):
         with counting(monkeypatch) as count:
@@ -212,12 +211,10 @@ def tapes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(samplers, "_side_stream", nullcontext)
     monkeypatch.setattr(samplers, "recording", lambda x: len(running) > 0)
-    for module in (samplers, jeat):  # it waits on a CPU, not on CUDA
-        monkeypatch.setattr(module, "check_labels", lambda y, *args, **kwargs: y.long())
+    monkeypatch.setattr(samplers, "check_labels", lambda y, *args, **kwargs: y.long())  # on CUDA it does not wait
     return tapes
 
 
-# jeat records anew in each epoch
 TRAININGS = {
     "cem_sup": (cem_sup, 20, "--epochs 5 --attack-steps 2"),
     "cem_sup, bfloat16": (cem_sup, 20, "--epochs 3 --amp"),
