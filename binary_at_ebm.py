@@ -45,6 +45,7 @@ import re
 import shlex
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +55,10 @@ from torch import nn
 from torchvision.models.resnet import resnet18, resnet50
 from torchvision.utils import save_image
 
-from samplers import (Recorded, Refused, ascend, claimed, crop_flip, frozen, load_data, load_images,
-                      logit, one_line, progress, save_samples, say, say_how_long, to_float,
-                      to_uint8, worst_case, write)
+from samplers import (HelpFormatter, Recorded, Refused, ascend, claimed, count, crop_flip, fraction,
+                      frozen, in_range, load_data, load_images, logit, number, one_line, positive,
+                      progress, radius, save_samples, say, say_how_long, to_float, to_uint8,
+                      worst_case, write)
 
 
 # ================================================================ the method
@@ -94,20 +96,22 @@ class Gate:
     def __init__(self, K=0, last=25, threshold=0.8, window=100, most=7815):
         self.K, self.last = K, last
         self.threshold, self.window, self.most = threshold, window, most
-        self.areas, self.iteration = [], 0
+        self.areas, self.iteration = deque(maxlen=window), 0
 
     def update(self, area):
-        self.areas = [*self.areas, area][-self.window:]
+        self.areas.append(area)
         self.iteration += 1
         passed = len(self.areas) == self.window and sum(self.areas) / self.window > self.threshold
         if self.K < self.last and (passed or self.iteration >= self.most):
-            self.K, self.areas, self.iteration = self.K + 1, [], 0
+            self.K, self.iteration = self.K + 1, 0
+            self.areas.clear()
 
     def state_dict(self):
-        return {"K": self.K, "areas": self.areas, "iteration": self.iteration}
+        return {"K": self.K, "areas": list(self.areas), "iteration": self.iteration}
 
     def load_state_dict(self, state):
-        self.K, self.areas, self.iteration = state["K"], state["areas"], state["iteration"]
+        self.K, self.iteration = state["K"], state["iteration"]
+        self.areas.extend(state["areas"])
 
 
 def auc(positive, negative):
@@ -465,8 +469,7 @@ DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
 def log(args, epoch, **figures):
-    """Print an epoch's figures; they become line `epoch` of log.jsonl. Refused: one is not finite.
-    """
+    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is a NaN."""
     if not all(math.isfinite(value) for value in figures.values()):
         raise Refused(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
     figures = {"epoch": epoch, **figures}
@@ -576,20 +579,6 @@ def add_is_and_fid(args, results, names):
         say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
 
 
-def in_range(kind, low, high=math.inf):
-    """A type for argparse: a number of the kind in low ... high."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low} ... {high}")
-        return kind(text)
-    parse.__name__ = kind.__name__  # for argparse: "invalid int value"
-    return parse
-
-
-count, positive, radius = in_range(int, 0), in_range(int, 1), in_range(float, 0)
-number, fraction = in_range(float, 0, 1e9), in_range(float, 0, 1)  # finite
-
-
 def typed(flag):
     return "--" + flag.replace("_", "-")
 
@@ -634,10 +623,6 @@ def read_flags(groups, argv, presets):
     if args.amp is None:
         args.amp = args.device == "cuda"
     return args
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the docstring as it is."""
 
 
 def stop(message, code=2):

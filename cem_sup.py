@@ -45,10 +45,10 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, resnet18, resnet50
 
-from samplers import (Recorded, Refused, accuracy, ascend, claimed, crop_flip, cross_entropy,
-                      frozen, load_data, log_p_x, log_p_x_given_y, log_p_y_given_x, one_line,
-                      progress, reinforced, save_samples, say, say_how_long, starts, to_float,
-                      to_uint8, write)
+from samplers import (HelpFormatter, Recorded, Refused, accuracy, ascend, claimed, count, crop_flip,
+                      cross_entropy, fraction, frozen, load_data, log_p_x, log_p_x_given_y,
+                      log_p_y_given_x, number, one_line, positive, progress, radius, reinforced,
+                      save_samples, say, say_how_long, starts, to_float, to_uint8, write)
 
 
 # ================================================================ the method
@@ -315,8 +315,7 @@ DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
 def log(args, epoch, **figures):
-    """Print an epoch's figures; they become line `epoch` of log.jsonl. Refused: one is not finite.
-    """
+    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is a NaN."""
     if not all(math.isfinite(value) for value in figures.values()):
         raise Refused(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
     figures = {"epoch": epoch, **figures}
@@ -426,20 +425,6 @@ def add_is_and_fid(args, results, names):
         say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
 
 
-def in_range(kind, low, high=math.inf):
-    """A type for argparse: a number of the kind in low ... high."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low} ... {high}")
-        return kind(text)
-    parse.__name__ = kind.__name__  # for argparse: "invalid int value"
-    return parse
-
-
-count, positive, radius = in_range(int, 0), in_range(int, 1), in_range(float, 0)
-number, fraction = in_range(float, 0, 1e9), in_range(float, 0, 1)  # finite
-
-
 def typed(flag):
     return "--" + flag.replace("_", "-")
 
@@ -484,10 +469,6 @@ def read_flags(groups, argv, presets):
     if args.amp is None:
         args.amp = args.device == "cuda"
     return args
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the docstring as it is."""
 
 
 def stop(message, code=2):

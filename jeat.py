@@ -54,11 +54,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samplers import (Recorded, Refused, ReplayBuffer, accuracy, ascend, at_least_float32,
-                      claimed, crop_flip, cross_entropy, eval_mode,
-                      joint_energy_score, load_data, log_p_x, log_p_x_given_y, one_line, progress,
-                      save_samples, say, say_how_long, sgld, starts, take, to_float, to_uint8,
-                      write)
+from samplers import (HelpFormatter, Recorded, Refused, ReplayBuffer, accuracy, ascend,
+                      at_least_float32, claimed, count, crop_flip, cross_entropy, eval_mode,
+                      fraction, joint_energy_score, load_data, log_p_x, log_p_x_given_y, number,
+                      one_line, positive, progress, radius, save_samples, say, say_how_long, sgld,
+                      starts, take, to_float, to_uint8, write)
 
 
 # ================================================================ the method
@@ -434,8 +434,7 @@ DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
 def log(args, epoch, **figures):
-    """Print an epoch's figures; they become line `epoch` of log.jsonl. Refused: one is not finite.
-    """
+    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is a NaN."""
     if not all(math.isfinite(value) for value in figures.values()):
         raise Refused(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
     figures = {"epoch": epoch, **figures}
@@ -545,20 +544,6 @@ def add_is_and_fid(args, results, names):
         say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
 
 
-def in_range(kind, low, high=math.inf):
-    """A type for argparse: a number of the kind in low ... high."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low} ... {high}")
-        return kind(text)
-    parse.__name__ = kind.__name__  # for argparse: "invalid int value"
-    return parse
-
-
-count, positive, radius = in_range(int, 0), in_range(int, 1), in_range(float, 0)
-number, fraction = in_range(float, 0, 1e9), in_range(float, 0, 1)  # finite
-
-
 def typed(flag):
     return "--" + flag.replace("_", "-")
 
@@ -603,10 +588,6 @@ def read_flags(groups, argv, presets):
     if args.amp is None:
         args.amp = args.device == "cuda"
     return args
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the docstring as it is."""
 
 
 def stop(message, code=2):

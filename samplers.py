@@ -13,6 +13,7 @@ maps x [B, ...] to [B] and is *increased*: a log-density up to a constant. Error
 wrong call; its subclass Refused for what was given and cannot be used, and for NaN or infinity; a
 label of no class is a device assert on CUDA.
 """
+import argparse
 import io
 import math
 import os
@@ -36,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
+from torchvision.utils import make_grid, save_image
 
 
 ROUNDING = 1e-5  # an image that was normalised and back may lie this far outside [0, 1]
@@ -831,8 +833,7 @@ def save_samples(prefix, x, labels=None):
     content = io.BytesIO()
     np.savez(content, *arrays)
     write(f"{prefix}.npz", content.getbuffer())
-    grid = torchvision.utils.make_grid(x[shown], nrow=columns, pad_value=255)
-    torchvision.transforms.functional.to_pil_image(grid).save(f"{prefix}.png")
+    save_image(to_float(x[shown]), f"{prefix}.png", nrow=columns, pad_value=1.0)
 
 
 def save_animation(path, frames, scale=1):
@@ -840,11 +841,30 @@ def save_animation(path, frames, scale=1):
     grid of 10 images a row; the last one stays for two seconds. scale: pixels a pixel."""
     grids = []
     for x in frames:
-        grid = torchvision.utils.make_grid(to_uint8(x.detach()).cpu(), nrow=10, pad_value=255)
+        grid = make_grid(to_uint8(x.detach()).cpu(), nrow=10, pad_value=255)
         grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         grids.append(torchvision.transforms.functional.to_pil_image(grid))
     durations = [100] * (len(grids) - 1) + [2000]  # ms
     grids[0].save(path, save_all=True, append_images=grids[1:], duration=durations, loop=0)
+
+
+# ---------------------------------------------------------------- a run's flags
+def in_range(kind, low, high=math.inf):
+    """A type for argparse: a number of the kind in low ... high."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} ... {high}")
+        return kind(text)
+    parse.__name__ = kind.__name__  # for argparse: "invalid int value"
+    return parse
+
+
+count, positive, radius = in_range(int, 0), in_range(int, 1), in_range(float, 0)
+number, fraction = in_range(float, 0, 1e9), in_range(float, 0, 1)  # finite
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the docstring as it is."""
 
 
 # ---------------------------------------------------------------- a run's words and its folder
