@@ -113,7 +113,7 @@ def test_gate():
         gate = Gate(K, **{"last": 3, "threshold": 0.8, "window": 4, "most": 10} | flags)
         for area in areas:
             gate.update(area)
-        return gate.K, gate.areas, gate.iteration
+        return gate.K, list(gate.areas), gate.iteration
     assert run([1.0] * 3) == (0, [1.0] * 3, 3)  # a window that is not full says nothing
     assert run([1.0] * 9, window=10, most=99)[0] == 0  # even where its sum would do
     assert run([1.0] * 4) == (1, [], 0)
