@@ -473,11 +473,13 @@ def test_sampling_takes_its_flags_and_starts_from_p0_each_before_any_again(few_i
 
 
 def test_fewer_images_to_translate_than_samples_are_said(few_images, tmp_path, capsys):
-    rows = main(tmp_path, *TINY, "--num-samples", 40)["samples"]
+    first = main(tmp_path, *TINY, "--num-samples", 40)["samples"]
     assert "there are 25 test images to translate" in capsys.readouterr().out
-    assert [row["n"] for row in rows.values()] == [40, 25]
-    main(tmp_path, *TINY, "--num-samples", 25, "--translate-from", 2)
+    assert [row["n"] for row in first.values()] == [40, 25]
+    rows = main(tmp_path, *TINY, "--num-samples", 25, "--translate-from", 2)["samples"]
     assert "test images to translate" not in capsys.readouterr().out
+    names = {"ascent_num-samples-25_steps-1", "translation_translate-from-2_num-samples-25_steps-1"}
+    assert rows.keys() - first.keys() == names  # ascent's begins at no image of a class
 
 
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(few_images, tmp_path):
