@@ -608,7 +608,7 @@ def read_flags(groups, argv, presets):
     if "help" in given:
         parser.set_defaults(**defaults)
         parser.print_help()
-        sys.exit()
+        sys.exit(0)
     if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
     lengths = [flag for flag in training if flag.endswith(("_eps", "_step_size"))

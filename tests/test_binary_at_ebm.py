@@ -128,7 +128,7 @@ def test_gate():
     for area in (1.0, 1.0, 1.0, 1.0, 0.5, 0.25):
         one.update(area)
     two.load_state_dict(one.state_dict())
-    assert vars(one) == vars(two) and (two.K, two.areas, two.iteration) == (1, [0.5, 0.25], 2)
+    assert vars(one) == vars(two) and (two.K, list(two.areas), two.iteration) == (1, [0.5, 0.25], 2)
 
 
 # ---------------------------------------------------------------- attacks and net
