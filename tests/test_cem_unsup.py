@@ -558,7 +558,7 @@ def test_real_data(tmp_path):
     run_script("cem_unsup", "--small", "--data", os.environ["CIFAR10_ROOT"], "--out", tmp_path, "--epochs", 2,
                "--arch", "small-16", "--limit", 256, "--batch-size", 32, "--num-samples", 20, "--sample-steps", 3)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["samples"]) == NAMES and results["accuracy"]["pgd20"] <= results["accuracy"]["clean"]
+    assert len(results["samples"]) == 4 and results["accuracy"]["pgd20"] <= results["accuracy"]["clean"]
 
 
 @pytest.mark.cuda
