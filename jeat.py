@@ -44,7 +44,6 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import sys
 import time
@@ -56,9 +55,10 @@ from torch import nn
 
 from samplers import (HelpFormatter, Recorded, Refused, ReplayBuffer, accuracy, ascend,
                       at_least_float32, claimed, count, crop_flip, cross_entropy, eval_mode,
-                      fraction, joint_energy_score, load_data, log_p_x, log_p_x_given_y, number,
-                      one_line, positive, progress, radius, save_samples, say, say_how_long, sgld,
-                      starts, take, to_float, to_uint8, write)
+                      flag_values, fraction, is_there, joint_energy_score, load_data, log_p_x,
+                      log_p_x_given_y, number, one_line, positive, progress, radius, save_samples,
+                      say, say_how_long, set_of_samples, sgld, starts, take, to_float, to_uint8,
+                      typed, write)
 
 
 # ================================================================ the method
@@ -450,7 +450,8 @@ def save_checkpoint(args, epoch, **parts):
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
         raise Refused(f"training diverged; {args.out} keeps its last checkpoint")
-    state["epoch"], state["epochs"], state["flags"] = epoch, args.epochs, flags(args, args.training)
+    state["epoch"], state["epochs"] = epoch, args.epochs
+    state["flags"] = flag_values(args, args.training)
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state() if args.device == "cuda" else None
     content = io.BytesIO()
@@ -469,7 +470,7 @@ def resume(args, **parts):
         done, planned, theirs = state["epoch"], state["epochs"], state["flags"]
     except Exception as e:  # torch.load raises a dozen kinds
         raise Refused(f"{path} cannot be used ({one_line(e)})") from e
-    mine = flags(args, args.training)
+    mine = flag_values(args, args.training)
     other = [f"{typed(flag)} was {theirs.get(flag)}, is {mine.get(flag)}"
              for flag in {**theirs, **mine} if theirs.get(flag) != mine.get(flag)]
     if other:
@@ -497,7 +498,7 @@ def load_results(args):
         raise Refused(f"{path} is damaged ({e}): delete it") from e
     if results.get("checkpoint") != checkpoint:
         results = {"checkpoint": checkpoint, "epochs": args.epochs, "samples": {}}
-        results["training"] = flags(args, args.training)
+        results["training"] = flag_values(args, args.training)
         results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
     return results
 
@@ -505,21 +506,6 @@ def load_results(args):
 def save_results(args, results):
     text = json.dumps(results, indent=2, allow_nan=False)
     write(Path(args.out, "results.json"), text.encode())
-
-
-def set_of_samples(args, sampler, *unused):
-    """A set's name: the sampler, and each sampling flag that is not at its default; and its flags.
-    unused: flags that this sampler does not read."""
-    made_with = flags(args, [flag for flag in args.sampling if flag not in unused])
-    changed = [f"{typed(flag)[2:].removeprefix('sample-')}-{value}"
-               for flag, value in made_with.items() if getattr(args, flag) != args.defaults[flag]]
-    return re.sub(r"[^\w.-]", "-", "_".join([sampler, *changed])), made_with
-
-
-def is_there(args, results, name, made_with):
-    """Whether a set of samples made with these flags is there, row and file."""
-    row = results["samples"].get(name, {})
-    return row.get("flags") == made_with and Path(args.out, f"samples_{name}.npz").exists()
 
 
 def add_is_and_fid(args, results, names):
@@ -542,16 +528,6 @@ def add_is_and_fid(args, results, names):
         say(f"{name}: {shown}")
     if not args.smoke:
         say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
-
-
-def typed(flag):
-    return "--" + flag.replace("_", "-")
-
-
-def flags(args, names):
-    """The values of these flags, for JSON, which has no infinity."""
-    values = {name: getattr(args, name) for name in names}
-    return {name: "inf" if value == math.inf else value for name, value in values.items()}
 
 
 def read_flags(groups, argv, presets):

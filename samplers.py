@@ -17,6 +17,7 @@ import argparse
 import io
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -865,6 +866,31 @@ number, fraction = in_range(float, 0, 1e9), in_range(float, 0, 1)  # finite
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and the docstring as it is."""
+
+
+def set_of_samples(args, sampler, *unused):
+    """A set's name: the sampler, and each sampling flag that is not at its default; and its flags.
+    unused: flags that this sampler does not read."""
+    made_with = flag_values(args, [flag for flag in args.sampling if flag not in unused])
+    changed = [f"{typed(flag)[2:].removeprefix('sample-')}-{value}"
+               for flag, value in made_with.items() if getattr(args, flag) != args.defaults[flag]]
+    return re.sub(r"[^\w.-]", "-", "_".join([sampler, *changed])), made_with
+
+
+def is_there(args, results, name, made_with):
+    """Whether a set of samples made with these flags is there, row and file."""
+    row = results["samples"].get(name, {})
+    return row.get("flags") == made_with and Path(args.out, f"samples_{name}.npz").exists()
+
+
+def typed(flag):
+    return "--" + flag.replace("_", "-")
+
+
+def flag_values(args, names):
+    """The values of these flags, for JSON, which has no infinity."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: "inf" if value == math.inf else value for name, value in values.items()}
 
 
 # ---------------------------------------------------------------- a run's words and its folder
