@@ -120,7 +120,7 @@ def test_the_readmes_snippet_draws_what_it_says(tmp_path, monkeypatch):
     for in most images and not in the starts."""
     (tmp_path / ".github").symlink_to(ROOT / ".github")
     monkeypatch.chdir(tmp_path)
-    (snippet,) = [block for block in PYTHON if "colour_fields" in block]
+    (snippet,) = [block for block in PYTHON if "cem_sup_small.pt" in block]
     names = {}
     exec(snippet, names)
     x = load_images("samples.npz")
