@@ -194,7 +194,7 @@ def make_model(arch="resnet50"):
             nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
             stage(w, w, 1), stage(w, 2 * w, 2), stage(2 * w, 4 * w, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)))
-    if arch == "resnet18-half":  # torchvision's have no width
+    if arch == "resnet18-half":  # torchvision's BasicBlock refuses another width
         return Classifier(nn.Sequential(
             nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Sequential(BasicBlock(32, 32), BasicBlock(32, 32)),
@@ -271,7 +271,7 @@ def with_own_step(args, sampler):
     settings = argparse.Namespace(**vars(args))
     settings.defaults = {**args.defaults, **own}
     if args.sample_norm is None and sampler == "langevin":
-        settings.sample_step_size = None  # a length, no factor of the gradient
+        settings.sample_step_size = None  # what is given is a length, not a factor of the gradient
     for flag, value in own.items():
         if getattr(settings, flag) is None:
             setattr(settings, flag, value)
@@ -285,6 +285,7 @@ def run(args):
     start = starts(args.start, *split, root=None if args.smoke else args.data)
     torch.manual_seed(args.seed)
     f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
+    # an attack step costs 2 forwards, for it takes the gradient of x only; an update 3
     say_how_long(args, f, forwards=(2 * args.attack_steps + 3) * len(x_train))
     train(f, x_train, y_train, args)
 

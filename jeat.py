@@ -3,7 +3,7 @@
 Zhu et al.: Towards Understanding the Generative Capability of Adversarially Robust Classifiers,
 ICCV 2021. With the classifier's logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k exp f(x)[k].
 
-  training  max_theta E log p(x_adv, y) = E [ log p(y|x_adv) + log p(x_adv) ]
+  training  max_theta mean of log p(x_adv, y) = log p(y|x_adv) + log p(x_adv)
   attack    d += s sign grad E(x + d, y), |d| <= eps, from a random d; x + d stays in [0, 1]
   negative  x_K: K steps x += a grad log sum_k exp f(x)[k] + n xi, chains of a replay buffer
   loss      L = CE(x_adv, y) + E(x_adv) - E(x_K) = E(x_adv, y) - E(x_K)       nothing of clean x
@@ -89,7 +89,7 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
     with eval_mode(f):  # raise E(x, y), for AT the cross-entropy, in the ball; steps = 0: x itself
         x_adv = ascend(score(f, y), x, norm=norm, random_start=True, **attack)
     logits = at_least_float32(f(x_adv))
-    ce = cross_entropy(nn.Identity(), y)(logits).mean()
+    ce = cross_entropy(nn.Identity(), y)(logits).mean()  # without cancellation, of these logits
     e_adv = energy(logits).mean()
     if buffer is None:
         return ce, (ce, e_adv)
@@ -196,7 +196,7 @@ def parse_args(argv=None):
 
     no_buffer = dict(sampler=["gaussian", "noise"])
     small = dict(
-        # sgld_steps stays at 20: 5 or 6 at lr 3e-4 to 1e-3, and 8 at 1e-4, diverged within 4 epochs
+        # fewer sgld_steps than 20 diverged within 4 epochs: 5, 6 at lr 3e-4 to 1e-3, 8 at 1e-4
         out="runs/jeat-small", arch="small-24", epochs=10, limit=20000, buffer_size=1000,
         test_images=1000, num_samples=500)
     smoke = dict(

@@ -4,14 +4,15 @@
 
 P projects onto the ball |x - x_0| <= eps and the box [0, 1]; u is the direction of steepest ascent:
 g / |g|_2 per sample ("l2"), sign(g) ("linf"), or g itself ("none": Langevin). Attacks and samplers
-differ in the score, the start x_0, u, P and (step_size, noise, steps), in nothing else: those of
+differ in the score, the start x_0, u, P and (step_size, noise, steps), in nothing else. They are of
 Wang et al., ICLR 2022 (CEM), Zhu et al., ICCV 2021 (JEAT), and Yin et al., ECCV 2022 (AT-EBM).
 
 Conventions: images are float32 [B, C, H, W] in [0, 1]; eps, step_size and noise are in that space;
 logits f(x) are [B, K], labels y [B]; E(x, y) = -f(x)[y] and E(x) = -log sum_k exp f(x)[k]. A score
 maps x [B, ...] to [B] and is *increased*: a log-density up to a constant. Errors: ValueError for a
-wrong call; its subclass Refused for what was given and cannot be used, and for NaN or infinity; a
-label of no class is a device assert on CUDA.
+wrong call; its subclass Refused for input that cannot be used (a flag, a file, a data set), and for
+NaN or infinity; a label of no class is a device assert on CUDA. "Recalled": from memory of the CEM
+paper, whose text was not at hand.
 """
 import argparse
 import io
@@ -66,8 +67,8 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     Returns the last iterate, detached. A zero gradient gives a zero step. The gradient is taken of
     x only: x, the parameters (.grad, requires_grad) and the modules' modes stay as they are.
     ValueError: a wrong argument; a start outside the box where eps is finite (the box would move it
-    further than eps). Refused: a start, a score or a gradient that is not finite. While a graph is
-    recorded, the numbers are not looked at.
+    further than eps). Refused: a start, a score or a gradient that is not finite. While a CUDA
+    graph is recorded, the starts, NaN and infinity are not looked for.
     """
     _check_arguments(x, steps, step_size, eps, norm, noise, random_start)
     x_0 = x.detach().clone()
@@ -189,8 +190,8 @@ def _modules(nets):
 def frozen(*nets):
     """eval_mode, and each batch norm folded into the convolution before it: the same function to
     rounding, 1.1 to 1.3 times as fast on a CPU. For attacks and samplers: parameters are constants
-    inside. A pair whose convolution is read elsewhere stays as it is, and so does a net that has
-    hooks or that torch.fx cannot trace."""
+    inside. A pair stays as it is if something else, too, reads the convolution's output, and so
+    does a net that has hooks or that torch.fx cannot trace."""
     folded = []
     with eval_mode(*nets):
         try:
@@ -399,8 +400,8 @@ def _side_stream():
 # ---------------------------------------------------------------- scores
 # f maps x to logits [B, K]; f_y = f(x)[y]; LSE f = log sum_k exp f_k. In float32 or better.
 def log_p_y_given_x(f, y):
-    """TA (Santurkar et al., 2019): log p(y|x) = f_y - LSE f, without cancellation;
-    as CEM's TA recalled."""
+    """TA (Santurkar et al., 2019): log p(y|x) = f_y - LSE f, without cancellation.
+    CEM's TA (recalled)."""
     ce = cross_entropy(f, y)
     return lambda x: -ce(x)
 
@@ -474,7 +475,7 @@ def info_nce(g, positive, temperature, other_positives=True):
                 raise ValueError(f"two views of each of two images or more, not {len(z)} samples")
             other_view = torch.cat([z[len(z) // 2:], z[:len(z) // 2]])
             f_positive = (z * other_view).sum(1, keepdim=True) / temperature
-            terms = [_similarity_to_others(z, z, temperature)]  # holds the positive
+            terms = [_similarity_to_others(z, z, temperature)]  # these include the positive pair
         else:
             if z.shape != z_prime.shape:
                 raise ValueError(f"{len(z_prime)} positives for {len(z)} samples")
