@@ -23,8 +23,8 @@ samples_{ascent,translation}.{png,npz}, named by the sampling flags that are not
 (samples_ascent_steps-64.png); translation's png: each source, and beside it what it became.
 results.json: the gate's next K; 5, 25, 50, 75, 95 % quantiles of E of test data, p_0, attacked p_0;
 AUROC of test data against each of --ood-sets, clean and worst case (l2 1.0); a row for each set of
-samples. An outlier set of p_0's source is marked seen_in_p0: no evidence (null: not known, one
-of them is a file). IS and FID are against all ten classes, whatever --classes. The same command
+samples. Where an outlier set is of p_0's source, seen_in_p0 is true and its AUROC no evidence
+(null: unknown, as one of them is a file). IS and FID are against all ten classes, whatever --classes. The same command
 resumes after the last finished epoch, makes what is not there yet, and leaves the rest (a --smoke
 without --out begins afresh). More epochs make all in results.json void.
 
@@ -345,7 +345,8 @@ def load_all(args):
     if args.translate_from is None and set(args.sampler) == {"translation"}:
         raise Refused("--sampler translation needs --translate-from")
     for name in args.ood_sets:  # here, so that a slip is seen before the training
-        if name.removesuffix("-train") not in SETS and not Path(name).exists():
+        known = name in SETS or name in ("cifar100-train", "svhn-train")
+        if not known and not Path(name).exists():
             raise Refused(f"--ood-sets {name}: no such file; others: {', '.join(SETS)}")
     x_train, y_train, x_test, y_test = load_data(args)
     own = torch.tensor(args.classes, device=args.device)
@@ -401,6 +402,7 @@ def run(args):
     x_train, p_0, x_data, x_rest, sources = load_all(args)
     torch.manual_seed(args.seed)
     f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
+    # a step costs 2 forwards, an update of both sides with R1 9.3, as counted for the ResNet-50
     forwards = 2 * args.attack_steps + 2 * args.positive_steps + 9.3
     say_how_long(args, f, forwards * len(x_train))
     K = train(f, x_train, p_0, args)

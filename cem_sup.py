@@ -21,8 +21,9 @@ Writes to --out: checkpoint.pt; log.jsonl, a line an epoch; for each sampler a s
 samples_cs.{png,npz} and so on, named by the sampling flags that are not at their defaults
 (samples_cs_start-pooled_steps-25.png); results.json, with a row for each set and the accuracy. The
 same command resumes after the last finished epoch, draws what is not there yet, and leaves the rest
-(a --smoke without --out begins afresh). More epochs make the rows of results.json void. Langevin's
-step is JEM's: the slides' x + a grad log p(x) + sqrt(2 a) xi would be noise alone in [0, 1].
+(a --smoke without --out begins afresh). More epochs make all in results.json void. Langevin's step
+is JEM's: the noise of the slides' x + a grad log p(x) + sqrt(2 a) xi, .7 at a = .25, would drown an
+image in [0, 1].
 
 Sources of the defaults: [slides] the paper's; [robustness] MadryLab/robustness, on which the paper
 builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019, and their released net; [JEM] the
@@ -271,7 +272,7 @@ def with_own_step(args, sampler):
     settings = argparse.Namespace(**vars(args))
     settings.defaults = {**args.defaults, **own}
     if args.sample_norm is None and sampler == "langevin":
-        settings.sample_step_size = None  # what is given is a length, not a factor of the gradient
+        settings.sample_step_size = None  # the one given is the others' l2 length: it keeps its own
     for flag, value in own.items():
         if getattr(settings, flag) is None:
             setattr(settings, flag, value)

@@ -25,7 +25,7 @@ samples, samples_maxent-uncond.{png,npz} and so on, named also by the sampling f
 their defaults (samples_pgd-cond_steps-25.png); results.json: accuracy is a linear probe's, on the
 features before the projector; each set has a row, entropy is its batches' H before and after. The
 same command resumes after the last finished epoch, draws what is not there yet, and leaves the rest
-(a --smoke without --out begins afresh). More epochs make the rows of results.json void. Only the
+(a --smoke without --out begins afresh). More epochs make all in results.json void. Only the
 probe and class-wise starts use labels.
 
 Sources of the defaults: [slides] the paper's; [memory] of its text: the loss, MaxEnt; [ACL] Jiang

@@ -25,7 +25,7 @@ samples_{gaussian,noise,buffer}.{png,npz}, named by the sampling flags that are 
 defaults (samples_gaussian_start-pooled_steps-25.png); results.json, with the accuracy, the flatness
 of the energy, and a row for each set with quantiles of E(x). The same command resumes after the
 last finished epoch, draws what is not there yet, and leaves the rest (a --smoke without --out
-begins afresh). More epochs make the rows of results.json void. log.jsonl holds the pieces of the
+begins afresh). More epochs make all in results.json void. log.jsonl holds the pieces of the
 loss, means over the updates; E(x) of 250 clean train images as e_clean; and, every five epochs and
 in the last one, the PGD-20 accuracy on those 250, because training can overfit to a one-step
 attack. Chains are not clamped, the images in files are. JEM-like training diverges now and then:

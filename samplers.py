@@ -3,16 +3,17 @@
     x_{k+1} = P [ x_k + step_size * u(grad_x score(x_k)) + noise * xi_k ],     xi_k ~ N(0, I)
 
 P projects onto the ball |x - x_0| <= eps and the box [0, 1]; u is the direction of steepest ascent:
-g / |g|_2 per sample ("l2"), sign(g) ("linf"), or g itself ("none": Langevin). Attacks and samplers
-differ in the score, the start x_0, u, P and (step_size, noise, steps), in nothing else. They are of
-Wang et al., ICLR 2022 (CEM), Zhu et al., ICCV 2021 (JEAT), and Yin et al., ECCV 2022 (AT-EBM).
+g / |g|_2 per sample ("l2"), sign(g) ("linf"), or g itself ("none": Langevin). The attacks and
+samplers of three papers, Wang et al., ICLR 2022 (CEM), Zhu et al., ICCV 2021 (JEAT), and Yin et
+al., ECCV 2022 (AT-EBM), differ in the score, the start x_0, u, P and (step_size, noise, steps), in
+nothing else.
 
 Conventions: images are float32 [B, C, H, W] in [0, 1]; eps, step_size and noise are in that space;
 logits f(x) are [B, K], labels y [B]; E(x, y) = -f(x)[y] and E(x) = -log sum_k exp f(x)[k]. A score
-maps x [B, ...] to [B] and is *increased*: a log-density up to a constant. Errors: ValueError for a
-wrong call; its subclass Refused for input that cannot be used (a flag, a file, a data set), and for
-NaN or infinity; a label of no class is a device assert on CUDA. "Recalled": from memory of the CEM
-paper, whose text was not at hand.
+maps x [B, ...] to [B] and is *increased*: a log-density up to a constant. "Recalled": from memory of
+the CEM paper, whose text was not at hand. Errors: ValueError for a wrong call; its subclass Refused
+for input that cannot be used (a flag, a file, a data set), and for a NaN or infinity on the way; a
+label of no class is a device assert on CUDA.
 """
 import argparse
 import io
@@ -210,7 +211,8 @@ def _folded(conv, norm):
     """The forward of a convolution that does both; its weights are constants."""
     weights = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var,
                                    norm.eps, norm.weight, norm.bias)
-    weights = cast = [t.detach() for t in weights]
+    weights = [t.detach() for t in weights]
+    cast = weights
     device = conv.weight.device.type
     if torch.is_autocast_enabled(device):  # it would cast them in each forward; here once
         cast = [t.to(torch.get_autocast_dtype(device)) for t in weights]
@@ -227,7 +229,7 @@ _traced = WeakKeyDictionary()  # net: its state when it was traced, its pairs' n
 
 def _conv_norm_pairs(net):
     """(convolution, batch norm) of each norm that alone reads its convolution's output."""
-    modules = dict(net.named_modules(prefix="0"))  # the names that they have in Sequential(net)
+    modules = dict(net.named_modules(prefix="0"))  # as named in Sequential(net), which is traced
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules.values()):
         return []
     # traced again when a module was replaced, or a number or flag on which a forward may branch was
@@ -547,7 +549,7 @@ def take(logits, y):
 # ---------------------------------------------------------------- starts
 class Gaussians(NamedTuple):
     """What fit_gaussians returns."""
-    mean: torch.Tensor  # float64 [C, ...], a class each; pooled: C = 1
+    mean: torch.Tensor  # float64 [K, ...], a row per class; pooled: K = 1
     rows: list  # R = (X - mean) / sqrt(n) of each class, float32 [n, D]: R^T z has covariance Sigma
     jitter: float
     pooled: bool
@@ -758,9 +760,9 @@ def cifar10(root="./data"):
 
 
 def load_images(name, root="./data", train=True):
-    """A set of images, uint8 [N, 3, 32, 32]: cifar100 or svhn, downloaded into root if absent, of
-    the train or test split (cifar100-train, svhn-train: always train; root None: refused); or a
-    .npy (a .npz: its arr_0), uint8 [N, 32, 32, 3]. Refused: no such file, no download, something
+    """A set of images, uint8 [N, 3, 32, 32]. name: cifar100 or svhn, of the split that train says,
+    or cifar100-train, svhn-train, downloaded into root if absent (root None: refused); or a file,
+    .npy or .npz (its arr_0), uint8 [N, 32, 32, 3]. Refused: no such file, no download, something
     else in it."""
     known, _, split = str(name).partition("-")
     train = train or split == "train"
@@ -871,6 +873,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def set_of_samples(args, sampler, *unused):
     """A set's name: the sampler, and each sampling flag that is not at its default; and its flags.
+    args: of a script, whose read_flags adds the names of its sampling flags and all defaults.
     unused: flags that this sampler does not read."""
     made_with = flag_values(args, [flag for flag in args.sampling if flag not in unused])
     changed = [f"{typed(flag)[2:].removeprefix('sample-')}-{value}"
