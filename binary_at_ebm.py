@@ -24,9 +24,9 @@ samples_{ascent,translation}.{png,npz}, named by the sampling flags that are not
 results.json: the gate's next K; 5, 25, 50, 75, 95 % quantiles of E of test data, p_0, attacked p_0;
 AUROC of test data against each of --ood-sets, clean and worst case (l2 1.0); a row for each set of
 samples. Where an outlier set is of p_0's source, seen_in_p0 is true and its AUROC no evidence
-(null: unknown, as one of them is a file). IS and FID are against all ten classes, whatever --classes. The same command
-resumes after the last finished epoch, makes what is not there yet, and leaves the rest (a --smoke
-without --out begins afresh). More epochs make all in results.json void.
+(null: unknown, as one of them is a file). IS and FID are against all ten classes, whatever
+--classes. The same command resumes after the last finished epoch, makes what is not there yet, and
+leaves the rest (a --smoke without --out begins afresh). More epochs make all in results.json void.
 
 Sources of the defaults: [official] the code of the paper, xuwangyin/AT-EBMs; [our substitution]:
 CIFAR-100 for its p_0, 80M Tiny Images, which are withdrawn (a .npy of your own is possible);

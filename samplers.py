@@ -10,10 +10,10 @@ nothing else.
 
 Conventions: images are float32 [B, C, H, W] in [0, 1]; eps, step_size and noise are in that space;
 logits f(x) are [B, K], labels y [B]; E(x, y) = -f(x)[y] and E(x) = -log sum_k exp f(x)[k]. A score
-maps x [B, ...] to [B] and is *increased*: a log-density up to a constant. "Recalled": from memory of
-the CEM paper, whose text was not at hand. Errors: ValueError for a wrong call; its subclass Refused
-for input that cannot be used (a flag, a file, a data set), and for a NaN or infinity on the way; a
-label of no class is a device assert on CUDA.
+maps x [B, ...] to [B] and is *increased*: a log-density up to a constant. "Recalled": from memory
+of the CEM paper, whose text was not at hand. Errors: ValueError for a wrong call; its subclass
+Refused for input that cannot be used (a flag, a file, a data set), and for a NaN or infinity on the
+way; a label of no class is a device assert on CUDA.
 """
 import argparse
 import io
