@@ -588,6 +588,7 @@ def read_flags(groups, argv, presets):
         sys.exit(0)
     if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
+    # another norm measures other lengths: their defaults mean nothing in it
     lengths = [flag for flag in training if flag.endswith(("_eps", "_step_size"))
                and defaults[flag] not in (None, math.inf)]
     for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):

@@ -25,10 +25,11 @@ same command resumes after the last finished epoch, draws what is not there yet,
 is JEM's: the noise of the slides' x + a grad log p(x) + sqrt(2 a) xi, .7 at a = .25, would drown an
 image in [0, 1].
 
-Sources of the defaults: [slides] the paper's; [robustness] MadryLab/robustness, on which the paper
-builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019, and their released net; [JEM] the
-code of Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading; [ours]
-in none of them. TA's, CS's and RCS's objectives are recalled from the paper.
+Sources of the defaults: [slides] the authors' talk on the paper; [robustness] MadryLab/robustness,
+on which the paper builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019, and their
+released net; [JEM] the code of Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1];
+[assumed] our reading; [ours] in none of them. TA's, CS's and RCS's objectives are recalled from the
+paper.
 """
 import argparse
 import hashlib
@@ -266,13 +267,13 @@ def evaluate(f, x, y, args):
 
 
 def with_own_step(args, sampler):
-    """args for this sampler, with its own step where no flag says otherwise. Its own is the default
-    also where its set of samples is named."""
+    """args for this sampler, with its own step where no flag says otherwise, which is then also the
+    default that the name of its set of samples leaves out."""
     own = LANGEVIN_STEP if sampler == "langevin" else STEP
     settings = argparse.Namespace(**vars(args))
     settings.defaults = {**args.defaults, **own}
     if args.sample_norm is None and sampler == "langevin":
-        settings.sample_step_size = None  # the one given is the others' l2 length: it keeps its own
+        settings.sample_step_size = None  # one that is given is an l2 length, for the others
     for flag, value in own.items():
         if getattr(settings, flag) is None:
             setattr(settings, flag, value)
@@ -435,6 +436,7 @@ def read_flags(groups, argv, presets):
         sys.exit(0)
     if "smoke" in given and "small" in given:
         parser.error("--smoke or --small, not both")
+    # another norm measures other lengths: their defaults mean nothing in it
     lengths = [flag for flag in training if flag.endswith(("_eps", "_step_size"))
                and defaults[flag] not in (None, math.inf)]
     for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):

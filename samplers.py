@@ -106,9 +106,9 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
 
 def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generator=None,
              callback=None):
-    """Langevin: x + step_size * grad score(x) + sqrt(2 * step_size * temperature) * xi (the CEM
-    slides), with no box by default. Its law tends to exp(score / temperature) as step_size -> 0.
-    Otherwise as `ascend`."""
+    """Langevin: x + step_size * grad score(x) + sqrt(2 * step_size * temperature) * xi (the slides
+    of the CEM authors' talk), with no box by default. Its law tends to exp(score / temperature) as
+    step_size -> 0. Otherwise as `ascend`."""
     _check_numbers(step_size=step_size, temperature=temperature)
     noise = math.sqrt(2 * step_size * temperature)
     return sgld(score, x, steps, step_size, noise, clamp=clamp, generator=generator,
@@ -191,8 +191,8 @@ def _modules(nets):
 def frozen(*nets):
     """eval_mode, and each batch norm folded into the convolution before it: the same function to
     rounding, 1.1 to 1.3 times as fast on a CPU. For attacks and samplers: parameters are constants
-    inside. A pair stays as it is if something else, too, reads the convolution's output, and so
-    does a net that has hooks or that torch.fx cannot trace."""
+    inside. A pair is left as it is if anything else reads the convolution's output; a net, if it
+    has hooks or torch.fx cannot trace it."""
     folded = []
     with eval_mode(*nets):
         try:
@@ -232,8 +232,8 @@ def _conv_norm_pairs(net):
     modules = dict(net.named_modules(prefix="0"))  # as named in Sequential(net), which is traced
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules.values()):
         return []
-    # traced again when a module was replaced, or a number or flag on which a forward may branch was
-    # changed; weak references, so that a net can be freed
+    # traced again if a module was replaced, or if one of its numbers or flags changed, on which a
+    # forward may branch; weak references, so that a net can be freed
     state = [(name, ref(m), {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str))})
              for name, m in modules.items()]
     if net not in _traced or _traced[net][0] != state:
@@ -253,7 +253,8 @@ def _names_of_pairs(net):
     names = []
     for call in calls:
         source = call.args[0] if call.args else None
-        if source in calls and uses[source.target] == uses[call.target] == len(source.users) == 1:
+        called_once = uses[call.target] == 1 and source in calls and uses[source.target] == 1
+        if called_once and len(source.users) == 1:
             names.append((source.target, call.target))
     return names
 
@@ -301,7 +302,7 @@ def _check_arguments(x, steps, step_size, eps, norm, noise, random_start):
 def _check_numbers(**values):
     for name, value in values.items():
         if not _is_number(value) or not value >= 0 or (value == math.inf and name != "eps"):
-            raise ValueError(f"{name} must be a number, >= 0 and finite, not {value!r}")
+            raise ValueError(f"{name} must be a number >= 0, not {value!r}")
 
 
 def _is_number(value):
@@ -402,7 +403,7 @@ def _side_stream():
 # ---------------------------------------------------------------- scores
 # f maps x to logits [B, K]; f_y = f(x)[y]; LSE f = log sum_k exp f_k. In float32 or better.
 def log_p_y_given_x(f, y):
-    """TA (Santurkar et al., 2019): log p(y|x) = f_y - LSE f, without cancellation.
+    """TA, targeted attack (Santurkar et al., 2019): log p(y|x) = f_y - LSE f, without cancellation.
     CEM's TA (recalled)."""
     ce = cross_entropy(f, y)
     return lambda x: -ce(x)
@@ -414,12 +415,12 @@ def log_p_x(f):
 
 
 def log_p_x_given_y(f, y):
-    """CS (CEM, recalled): log p(x|y) + const = f_y = -E(x, y)."""
+    """CS, conditional sampling (CEM, recalled): log p(x|y) + const = f_y = -E(x, y)."""
     return lambda x: take(outputs(f, x), y)
 
 
 def reinforced(f, y):
-    """RCS (CEM, recalled): f_y + LSE f."""
+    """RCS, reinforced CS (CEM, recalled): f_y + LSE f."""
     def score(x):
         logits = outputs(f, x)
         return take(logits, y) + logits.logsumexp(1)
@@ -477,7 +478,7 @@ def info_nce(g, positive, temperature, other_positives=True):
                 raise ValueError(f"two views of each of two images or more, not {len(z)} samples")
             other_view = torch.cat([z[len(z) // 2:], z[:len(z) // 2]])
             f_positive = (z * other_view).sum(1, keepdim=True) / temperature
-            terms = [_similarity_to_others(z, z, temperature)]  # these include the positive pair
+            terms = [_similarity_to_others(z, z, temperature)]  # j != i: the other view, too
         else:
             if z.shape != z_prime.shape:
                 raise ValueError(f"{len(z_prime)} positives for {len(z)} samples")
@@ -492,8 +493,8 @@ def info_nce(g, positive, temperature, other_positives=True):
 
 def entropy(g, temperature):
     """MaxEnt (CEM, recalled): -log sum_{j != i} exp(z_i . sg[z_j] / temperature), unit z = g(x):
-    the part of the batch's entropy that belongs to i; sg: no gradient, so that the terms of others
-    which contain x_i are dropped, and this is not quite the entropy's gradient."""
+    the part of the batch's entropy that belongs to i. sg: no gradient. So x_i does not feel the
+    others' terms that contain it, and this is not quite the entropy's gradient."""
     def score(x):
         if len(x) < 2:
             raise ValueError("the entropy of a batch needs at least two samples")
@@ -842,7 +843,8 @@ def save_samples(prefix, x, labels=None):
 
 def save_animation(path, frames, scale=1):
     """Write a GIF of frames, a list of x_k [N, 3, H, W] as `ascend`'s callback sees them, each a
-    grid of 10 images a row; the last one stays for two seconds. scale: pixels a pixel."""
+    grid of 10 images a row; the last one stays for two seconds. Each pixel is drawn
+    scale x scale."""
     grids = []
     for x in frames:
         grid = make_grid(to_uint8(x.detach()).cpu(), nrow=10, pad_value=255)
@@ -917,8 +919,8 @@ def progress(batches, what):
 
 
 def say_how_long(args, net, forwards):
-    """On a CPU: about how long a training takes here whose epoch needs so many forwards of an
-    image; that bfloat16 is faster, where the processor has it; that --small is made for a CPU."""
+    """On a CPU, print about how long the training takes, and advise --amp or --small. forwards: of
+    one image, that an epoch needs."""
     if args.device != "cpu" or args.smoke:
         return
     x = torch.zeros(32, 3, 32, 32)
