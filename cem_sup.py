@@ -134,8 +134,8 @@ def parse_args(argv=None):
     add("--sample-seed", type=count, default=0, help="of starts and noise: another set of samples")
     add("--sample-steps", type=count, default=60, help="[Santurkar]")
     add("--sample-step-size", type=number,
-        help="l2 length, of images in [0, 1]; None: 0.5 [Santurkar]; langevin: 0.25 of the "
-             "gradient itself [JEM], another one with --sample-norm")
+        help="l2 length, of images in [0, 1]; None: 0.5 [Santurkar]. langevin reads it only "
+             "together with --sample-norm; else its step is 0.25 times the gradient [JEM]")
     add("--sample-eps", type=radius, default=30.0,
         help="radius around the start; 60 x 0.5 does not reach beyond it [Santurkar]; inf: none")
     add("--sample-norm", choices=("l2", "linf", "none"),
@@ -267,8 +267,8 @@ def evaluate(f, x, y, args):
 
 
 def with_own_step(args, sampler):
-    """args for this sampler, with its own step where no flag says otherwise, which is then also the
-    default that the name of its set of samples leaves out."""
+    """args for this sampler, with its own step where no flag says otherwise. The own step counts as
+    a default, so that the set's name does not mention it."""
     own = LANGEVIN_STEP if sampler == "langevin" else STEP
     settings = argparse.Namespace(**vars(args))
     settings.defaults = {**args.defaults, **own}

@@ -30,7 +30,7 @@ probe and class-wise starts use labels.
 
 Sources of the defaults: [slides] the paper's; [memory] of its text: the loss, MaxEnt; [ACL] Jiang
 et al., NeurIPS 2020, code, on which the paper builds; [DynACL] Luo et al., ICLR 2023, by CEM's
-first authors among others, code; [AdvCL] Fan et al., NeurIPS 2021, code; [assumed] our reading. The
+first authors among others, code; [AdvCL] Fan et al., NeurIPS 2021, code; [assumed] our reading; [ours]. The
 formula moves one view; [ACL] and [DynACL] move both, in the linf ball, and so does the default. Of
 [ACL] we leave out the clean half of each batch with batch norms of its own, LARS and the bicubic
 crop; its random start may leave [0, 1], ours may not.
@@ -65,7 +65,7 @@ def nt_xent(z1, z2, temperature):
     """
     if z1.shape != z2.shape:
         raise ValueError(f"two views of the same images, not {list(z1.shape)}, {list(z2.shape)}")
-    # the attack's score, of z in the place of images; positive None: the views are rows i and i + B
+    # the same score as the attack's, of embeddings; positive None: the views are rows i and i + B
     score = info_nce(g=nn.Identity(), positive=None, temperature=temperature)
     return score(torch.cat([z1, z2])).mean()
 
@@ -303,7 +303,7 @@ def resized_crop(x, start, length):
     nothing beyond the box is read [assumed; ACL: bicubic]."""
     new = old = torch.arange(x.shape[-1], device=x.device)  # rows or columns: as many as before
 
-    def weights(begin, count):  # [B] each -> [B, 1, S, S]: of old pixels (columns) in new ones
+    def weights(begin, count):  # [B] each -> [B, 1, new, old]: an old pixel's share of a new one
         in_box = (new + 0.5) * count[:, None] / len(new) - 0.5
         source = begin[:, None] + in_box.clamp(min=0).minimum(count[:, None] - 1)
         distance = (source[:, :, None] - old).abs()  # [B, new, old]

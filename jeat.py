@@ -196,7 +196,7 @@ def parse_args(argv=None):
 
     no_buffer = dict(sampler=["gaussian", "noise"])
     small = dict(
-        # fewer sgld_steps than 20 diverged within 4 epochs: 5, 6 at lr 3e-4 to 1e-3, 8 at 1e-4
+        # diverged within 4 epochs: 5 or 6 sgld_steps at lr 3e-4 to 1e-3; 8 sgld_steps at lr 1e-4
         out="runs/jeat-small", arch="small-24", epochs=10, limit=20000, buffer_size=1000,
         test_images=1000, num_samples=500)
     smoke = dict(
@@ -297,7 +297,7 @@ def train(f, buffer, x_train, y_train, args):
         try:
             figures = train_epoch(f, values_and_gradients, optimizer, x_train, y_train, epoch, args)
         except Refused as e:  # a NaN in an attack or a chain; too large a loss
-            keeps = f"--epochs {epoch} samples from the last checkpoint; " if epoch > 0 else ""
+            keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
             raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}a smaller --lr "
                           "or another --seed needs another --out") from e
         log(args, epoch=epoch + 1, **figures)

@@ -214,7 +214,8 @@ def _folded(conv, norm):
     weights = [t.detach() for t in weights]
     cast = weights
     device = conv.weight.device.type
-    if torch.is_autocast_enabled(device):  # it would cast them in each forward; here once
+    if torch.is_autocast_enabled(device):  # cast here once, not in each forward; where a layer
+        # turns autocast off, the float32 weights serve
         cast = [t.to(torch.get_autocast_dtype(device)) for t in weights]
 
     def forward(input):
@@ -334,8 +335,8 @@ class Recorded:
     The first calls with tensors of some shapes run as they are, the next is recorded, and from then
     on the same kernels are replayed on the same memory. Hence: a result is overwritten by the next
     call; fn does not wait for the device (`recording`); what it reads besides its arguments stays
-    in place, as parameters and buffers do; a number that changes is one of the constants. Other
-    constants are another program, recorded anew, and the old one's memory is let go.
+    in place, as parameters and buffers do; a number that changes is one of the constants. If
+    the constants change, all graphs are let go and recorded anew.
 
     Where recording fails, one line says so, and fn runs as it is from then on.
     """
@@ -462,7 +463,8 @@ def info_nce(g, positive, temperature, other_positives=True):
     through all z_j; z' is held.
 
     positive         the other view of each x. z' is computed here, once: call it inside eval_mode.
-                     None: x [2B, ...] holds both views of an image, at i and i + B; all move
+                     None: x [2B, ...] holds both views of an image, at i and i + B; all move.
+                     i' is then the other view, and j runs over all 2B rows but i
     other_positives  False drops the last sum: the PGD sampler, with positive = x_0 [assumed]
     """
     if positive is not None:
@@ -766,15 +768,16 @@ def load_images(name, root="./data", train=True):
     .npy or .npz (its arr_0), uint8 [N, 32, 32, 3]. Refused: no such file, no download, something
     else in it."""
     known, _, split = str(name).partition("-")
+    is_known = known in ("cifar100", "svhn") and split in ("", "train")
     train = train or split == "train"
-    if root is None and known in ("cifar100", "svhn"):
+    if root is None and is_known:
         raise Refused(f"{name} would be downloaded, and --smoke downloads nothing")
     try:
         with ten_seconds_of_silence():
             fault = f"is not whole in {root}: delete it there, and it is downloaded anew"
-            if known == "cifar100" and split in ("", "train"):
+            if is_known and known == "cifar100":
                 x = CIFAR100(root, train, download=True).data
-            elif known == "svhn" and split in ("", "train"):
+            elif is_known:
                 x = SVHN(root, "train" if train else "test", download=True).data
                 x = x.transpose(0, 2, 3, 1)
             else:

@@ -386,7 +386,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(quick, capsys, monk
         with monkeypatch.context() as patch:
             patch.setattr(jeat, "jeat_loss", loss)
             line = error(capsys, *flags, 3)
-        assert "diverged in epoch 3" in line and "--epochs 2 samples" in line and "smaller --lr" in line
+        assert "diverged in epoch 3" in line and "--epochs 2 the last" in line and "smaller --lr" in line
         assert (out / "checkpoint.pt").read_bytes() == before and len(epochs_of(out)) == lines
     quick("run", "--epochs", "3")  # from which one goes on
     assert checkpoint_of(out)["epoch"] == 3
