@@ -30,10 +30,10 @@ probe and class-wise starts use labels.
 
 Sources of the defaults: [slides] the paper's; [memory] of its text: the loss, MaxEnt; [ACL] Jiang
 et al., NeurIPS 2020, code, on which the paper builds; [DynACL] Luo et al., ICLR 2023, by CEM's
-first authors among others, code; [AdvCL] Fan et al., NeurIPS 2021, code; [assumed] our reading; [ours]. The
-formula moves one view; [ACL] and [DynACL] move both, in the linf ball, and so does the default. Of
-[ACL] we leave out the clean half of each batch with batch norms of its own, LARS and the bicubic
-crop; its random start may leave [0, 1], ours may not.
+first authors among others, code; [AdvCL] Fan et al., NeurIPS 2021, code; [assumed] our reading;
+[ours] in none. The formula moves one view; [ACL] and [DynACL] move both, in the linf ball, and so
+does the default. Of [ACL] we leave out the clean half of each batch with batch norms of its own,
+LARS and the bicubic crop; its random start may leave [0, 1], ours may not.
 """
 import argparse
 import hashlib
