@@ -206,6 +206,7 @@ def parse_args(argv=None):
     ood = dict(
         out="runs/binary_at_ebm-ood", lr=0.1, batch_size=128, epochs=100, attack_eps=0.5,
         attack_steps=20, positive_eps=0.25, positive_steps=10)
+    # small and smoke: [ours]
     small = dict(
         out="runs/binary_at_ebm-small", arch="small-32", classes=[1], p0="rest", translate_from=9,
         epochs=24, batch_size=64, lr=1e-3, attack_steps=5, attack_step_size=0.3, positive_steps=2,

@@ -159,6 +159,7 @@ def parse_args(argv=None):
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="[slides]")
+    # small and smoke: [ours]
     small = dict(
         out="runs/cem_sup-small", arch="resnet18-half", epochs=12, lr=0.2, schedule="cycle",
         attack_steps=2, attack_step_size=0.3, test_images=1000, num_samples=1000)

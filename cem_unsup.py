@@ -189,6 +189,7 @@ def parse_args(argv=None):
     add("--test-images", type=positive, default=10000, help="at most so many, for the accuracy")
     add("--sampler", default=list(SAMPLERS), choices=SAMPLERS, nargs="+", metavar="NAME",
         help="maxent [memory]; pgd [assumed]")
+    # small and smoke: [ours]
     small = dict(
         out="runs/cem_unsup-small", arch="small-32", epochs=5, batch_size=256, lr=0.3,
         norm="l2", attack_eps=1.0, attack_steps=2, attack_step_size=0.6, test_images=1000,

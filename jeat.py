@@ -195,6 +195,7 @@ def parse_args(argv=None):
         help="buffer: of --method jeat only")
 
     no_buffer = dict(sampler=["gaussian", "noise"])
+    # small and smoke: [ours]
     small = dict(
         # diverged within 4 epochs: 5 or 6 sgld_steps at lr 3e-4 to 1e-3; 8 sgld_steps at lr 1e-4
         out="runs/jeat-small", arch="small-24", epochs=10, limit=20000, buffer_size=1000,
@@ -327,7 +328,7 @@ def train_epoch(f, values_and_gradients, optimizer, x_train, y_train, epoch, arg
     with eval_mode(f), torch.no_grad():
         e_clean = energy(f(x)).mean()
     largest = torch.cat([values.flatten(), e_clean[None]]).abs().max().item()
-    if math.isnan(largest) or largest > 1e8:
+    if math.isnan(largest) or largest > 1e8:  # [ours]
         raise Refused(f"a loss or an energy of size {largest:.3g}")
     names = ("loss", "ce", "e_adv", "e_k")[:values.shape[1]]  # no e_k without a buffer
     figures = dict(zip(names, values.mean(0).tolist()))

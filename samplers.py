@@ -620,8 +620,8 @@ def starts(kind, x, y, root="./data"):
 
 
 def colour_fields(n, cells=4, size=32, generator=None, device="cpu"):
-    """Starts that need no data, ours: cells x cells random colours, resized bicubically -> float32
-    [n, 3, size, size] in [0, 1], of mean 0.5."""
+    """Starts that need no data: cells x cells random colours, resized bicubically -> float32
+    [n, 3, size, size] in [0, 1], of mean 0.5. All of it, the range 0.2 to 0.8 too, is ours."""
     colours = torch.rand(n, 3, cells, cells, generator=generator, device=device,
                          dtype=torch.float32)
     field = F.interpolate(colours, (size, size), mode="bicubic", align_corners=False)
