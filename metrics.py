@@ -122,8 +122,7 @@ def covariance_root(sigma):
     # Eigenvalues that are only rounding are dropped: the root would turn 1e-16 into 1e-8.
     threshold = len(sigma) * torch.finfo(torch.float64).eps * largest
     kept = values > threshold
-    roots = values[kept].sqrt()
-    return vectors[:, kept] * roots  # each eigenvector, a column, times its root
+    return vectors[:, kept] @ values[kept].sqrt().diag()  # V sqrt(Lambda)
 
 
 def as_gaussian(mu, sigma):
