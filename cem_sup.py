@@ -353,8 +353,11 @@ def resume(args, **parts):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         done, planned, theirs = state["epoch"], state["epochs"], state["flags"]
+    except OSError:  # it says itself what is wrong
+        raise
     except Exception as e:  # torch.load raises a dozen kinds
-        raise Refused(f"{path} cannot be used ({one_line(e)})") from e
+        raise Refused(f"{path} cannot be used ({type(e).__name__}): it is damaged or no "
+                      "checkpoint; delete it, or name another --out") from e
     mine = flag_values(args, args.training)
     other = [f"{typed(flag)} was {theirs.get(flag)}, is {mine.get(flag)}"
              for flag in {**theirs, **mine} if theirs.get(flag) != mine.get(flag)]
