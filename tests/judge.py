@@ -14,7 +14,8 @@ By a net of cem_sup that was trained adversarially, its weights in .github/weigh
   counts        how many samples it puts into each class
 
 Never judge a net by itself or by its own weights' other epochs, nor a net that began with them:
-samples of the net in cem_sup_small-32.pt are judged by resnet18-half, all others by small-32.
+samples of the net in cem_sup_small-32.pt, and of nets that began with it, are judged by
+resnet18-half, all others by small-32; their figures do not compare.
 
 With --weights also by two public nets, trained without attack (test accuracy 0.93). They are fooled
 by nets trained like them: where the eye and the first judge see noise, they see every class. DIR
@@ -26,7 +27,8 @@ https://github.com/akamaster/pytorch_resnet_cifar10/tree/master/pretrained_model
                 both nets', 5 splits
   cfd           as distance, in ResNet-56's 64 features
   diversity     mean distance of those features between two samples made for the same class
-                (at most 1,000 of each), then over the classes; 0: a class is one image
+                (at most 1,000 of each), then over the classes that have two; 0: every class is
+                one image, repeated
 
 DIR of --data holds cifar-10-batches-py; the train images' statistics are kept beside it.
 """
@@ -48,6 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cem_sup  # noqa: E402
 import metrics  # noqa: E402
+from samplers import in_range  # noqa: E402
 
 ROBUST = {"small-32": "cem_sup_small-32.pt", "resnet18-half": "cem_sup_small.pt"}
 SHA256 = {
@@ -255,12 +258,6 @@ def table_row(figures, columns):
     return f"{''.join(cells)}  {figures['file']}  ({counts})"
 
 
-def at_least_ten(text):
-    if int(text) < 10:
-        raise argparse.ArgumentTypeError(f"{text} is below 10")
-    return int(text)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser("judge.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -269,7 +266,7 @@ def main(argv=None):
     add("samples", nargs="+", metavar="SAMPLES")
     add("--data", required=True, metavar="DIR")
     add("--robust", default="small-32", choices=ROBUST, help="the judge (default: small-32)")
-    add("--limit", type=at_least_ten, metavar="N", help="only the first N of each file")
+    add("--limit", type=in_range(int, 10), metavar="N", help="only the first N of each file")
     add("--weights", metavar="DIR", help="two public nets judge, too")
     add("--json", action="store_true", help="lines of JSON instead of a table")
     args = parser.parse_args(argv)

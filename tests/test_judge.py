@@ -286,7 +286,8 @@ def test_the_command(images, robust, public, tmp_path, monkeypatch, capsys):
 def test_errors_are_one_line(images, tmp_path, capsys, monkeypatch):
     np.savez(tmp_path / "x.npz", images.permute(0, 2, 3, 1).numpy())
     command = [tmp_path / "x.npz", "--data", tmp_path]
-    assert "below 10" in error(judge, capsys, *command, "--limit", 9)
+    assert "9 is not in 10" in error(judge, capsys, *command, "--limit", 9)
+    assert "invalid int value" in error(judge, capsys, *command, "--limit", "abc")
     assert "no CIFAR-10 in --data" in error(judge, capsys, *command)
     monkeypatch.setattr(judge, "ROOT", tmp_path)
     assert "cem_sup_small-32.pt" in error(judge, capsys, *command)
