@@ -28,12 +28,14 @@ samples. Where an outlier set is of p_0's source, seen_in_p0 is true and its AUR
 --classes. The same command resumes after the last finished epoch, makes what is not there yet, and
 leaves the rest (a --smoke without --out begins afresh). More epochs make all in results.json void.
 
-Sources of the defaults: [official] the code of the paper, xuwangyin/AT-EBMs; [our substitution]:
-CIFAR-100 for its p_0, 80M Tiny Images, which are withdrawn (a .npy of your own is possible);
-[assumed] our reading; [ours] in neither. Where the official code differs: it drops an epoch's last
-batch; it begins an epoch at each K; it never ends at the last K; it shuffles p_0, from which this
-file draws; in mode ood it augments by AutoAugment and cutout, not by crop and flip, compares
-outliers with 1,024 test images, not with all, and attacks them by APGD.
+Sources: [official] the code of the paper, xuwangyin/AT-EBMs, with which the objective, recalled,
+agrees; [our substitution]: CIFAR-100 for its p_0, 80M Tiny Images, which are withdrawn (a .npy of
+your own is possible, if it fits into memory); [assumed] our reading; [ours] in none of them. Where
+the official code differs: f is the first of ten logits; it drops an epoch's last batch; it begins
+an epoch at each K; it never ends at the last K; its generation scripts also keep the checkpoint of
+the best FID, of 10,000 samples; it shuffles p_0, from which this file draws; in mode ood it
+augments by AutoAugment and cutout, not by crop and flip, compares outliers with 1,024 test images,
+not with all, and attacks them by APGD.
 """
 import argparse
 import hashlib
@@ -117,7 +119,7 @@ def auc(positive, negative):
     """P(positive > negative) + P(equal) / 2 of two sets of scores, exact. Refused: none, a NaN."""
     positive, negative = positive.flatten(), negative.flatten().sort().values
     if len(positive) * len(negative) == 0 or positive.isnan().any() or negative.isnan().any():
-        raise Refused("auc: no scores, or scores that are NaN")
+        raise Refused(f"auc: no scores, or scores that are NaN: has the training diverged? {TRY}")
     below = torch.searchsorted(negative, positive).sum()
     not_above = torch.searchsorted(negative, positive, right=True).sum()
     return (below + not_above).double() / (2 * len(positive) * len(negative))
@@ -327,7 +329,7 @@ def load_set(name, args, rest, train=False):
     """The train or test images of a set, uint8 [N, 3, 32, 32]. rest: those outside --classes."""
     if name == "rest":
         if len(rest) == 0:
-            raise Refused("--classes leave no others")
+            raise Refused("rest is empty, --classes are all ten")
         return rest
     if name == "noise":
         generator = torch.Generator().manual_seed(2 * args.seed + int(train))  # one for each split
@@ -355,7 +357,8 @@ def load_all(args):
     try:
         p_0 = load_set(args.p0, args, x_train[~own_train], train=True)
     except Refused as e:
-        raise Refused(f"--p0 {args.p0}: {e}; others: cifar100, noise, rest, a .npy") from e
+        raise Refused(f"--p0: {e}; it may be cifar100, svhn, noise, a .npy, or, with fewer "
+                      "--classes, rest") from e
     sources = None
     if args.translate_from is not None:
         sources = x_test[y_test == args.translate_from][:args.num_samples]
@@ -452,6 +455,9 @@ def run(args):
         if sampler == "translation" and len(sources) < args.num_samples:
             say(f"{name}: --num-samples {args.num_samples}, but there are {len(sources)} test "
                 "images to translate: of so few, FID is biased")
+        if sampler == "ascent" and len(p_0) < args.num_samples and args.sample_noise == 0:
+            say(f"{name}: --num-samples {args.num_samples}, but there are {len(p_0)} images of "
+                "p_0: the samples repeat")
         if not is_there(args, results, name, made_with):
             images, moved = sample(f, sampler, starts[sampler], args)
             path = f"{args.out}/samples_{name}"
@@ -468,12 +474,14 @@ def run(args):
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+TRY = "try a smaller --lr or another --seed, in another --out"
 
 
 def log(args, epoch, **figures):
-    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is a NaN."""
+    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is not finite.
+    """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise Refused(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
+        raise Refused(f"training diverged ({figures}): {TRY}")
     figures = {"epoch": epoch, **figures}
     say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -486,7 +494,7 @@ def save_checkpoint(args, epoch, **parts):
     """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise Refused(f"training diverged; {args.out} keeps its last checkpoint")
+        raise Refused(f"training diverged, its weights are not finite: {TRY}")
     state["epoch"], state["epochs"] = epoch, args.epochs
     state["flags"] = flag_values(args, args.training)
     state["rng"] = torch.get_rng_state()
@@ -550,9 +558,9 @@ def save_results(args, results):
 
 def add_is_and_fid(args, results, names):
     """To the rows of these sets of samples; null, and the reason, where there are none."""
-    files = [f"{args.out}/samples_{name}.npz" for name in names]
-    for name, file in zip(names, files):
-        row = results["samples"][name]
+    missing = []
+    for name in names:
+        row, file = results["samples"][name], f"{args.out}/samples_{name}.npz"
         if row.get("fid") is None:
             row.update(is_mean=None, is_std=None, fid=None, reason="they take hours on a CPU")
             if args.smoke:
@@ -560,14 +568,16 @@ def add_is_and_fid(args, results, names):
             elif args.device == "cuda":
                 try:
                     from metrics import score
-                    row.update(score([file], args.data, device="cuda")[0], reason=None)
+                    row.update(next(score([file], args.data, device="cuda")), reason=None)
                 except (ImportError, OSError, ValueError, RuntimeError) as e:  # weights, memory
                     row["reason"] = one_line(e)
         save_results(args, results)
         shown = {key: value for key, value in row.items() if key != "flags"}
         say(f"{name}: {shown}")
-    if not args.smoke:
-        say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
+        if row["fid"] is None:
+            missing.append(file)
+    if missing and not args.smoke:
+        say(f"IS and FID: python metrics.py {shlex.join(missing)} --data {shlex.quote(args.data)}")
 
 
 def read_flags(groups, argv, presets):
@@ -598,7 +608,8 @@ def read_flags(groups, argv, presets):
     for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
         missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"{typed(norm)} measures {' and '.join(missing)}: give them, too")
+            parser.error(f"{typed(norm)} {given[norm]} needs {' and '.join(missing)}: what is set "
+                         "by default is of another norm")
     args = argparse.Namespace(**{**defaults, **given})
     args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given

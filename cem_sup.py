@@ -23,7 +23,7 @@ samples_cs.{png,npz} and so on, named by the sampling flags that are not at thei
 same command resumes after the last finished epoch, draws what is not there yet, and leaves the rest
 (a --smoke without --out begins afresh). More epochs make all in results.json void. Langevin's step
 is JEM's: the noise of the slides' x + a grad log p(x) + sqrt(2 a) xi, .7 at a = .25, would drown an
-image in [0, 1].
+image in [0, 1]. Its number of steps, ball and box are those of the other samplers [ours].
 
 Sources of the defaults: [slides] the authors' talk on the paper; [robustness] MadryLab/robustness,
 on which the paper builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019, and their
@@ -78,7 +78,7 @@ LANGEVIN_STEP = dict(sample_step_size=0.25, sample_norm="none", sample_noise=0.0
 def sample(f, sampler, start, args):
     """--num-samples images uint8 [N, 3, 32, 32], the classes in turn, their labels [N], and their
     mean l2 distance from the starts. start: a function from labels to x_0."""
-    torch.manual_seed(args.sample_seed)  # all samplers begin at the same points
+    torch.manual_seed(args.sample_seed)
     labels = torch.arange(args.num_samples, device=args.device) % 10
 
     def chain(x_0, y):
@@ -88,8 +88,9 @@ def sample(f, sampler, start, args):
 
     chain = Recorded(chain, args.record)
     images, moved = [], []
-    for y in progress(labels.split(args.sample_batch_size), sampler):
-        x_0 = start(y)
+    batches = labels.split(args.sample_batch_size)
+    x_0s = [start(y) for y in batches]  # before any noise, so that all samplers have the same
+    for y, x_0 in zip(progress(batches, sampler), x_0s):
         x = chain(x_0, y)
         images.append(to_uint8(x))
         moved.append((x - x_0).flatten(1).norm(dim=1))
@@ -102,7 +103,7 @@ def parse_args(argv=None):
     add = training.add_argument_group("training; a checkpoint belongs to these").add_argument
     add("--arch", default="resnet50", choices=("resnet50", "resnet18", "resnet18-half", "small-32",
                                                 "small-16"),
-        help="resnet50 [slides]; resnet18-half: half its channels; small-W: three stages, of W, "
+        help="resnet50 [slides]; resnet18-half: half its channels; small-W: three blocks, of W, "
              "2 W and 4 W channels")
     add("--batch-size", type=positive, default=128, help="images [robustness]")
     add("--lr", type=number, default=0.1, help="learning rate [robustness]")
@@ -195,15 +196,15 @@ def make_model(arch="resnet50"):
         return Classifier(nn.Sequential(
             # 4x4, for a 3x3 of stride 2 covers pixels unevenly, and samples show a grid
             nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
-            stage(w, w, 1), stage(w, 2 * w, 2), stage(2 * w, 4 * w, 2),
+            block(w, w, 1), block(w, 2 * w, 2), block(2 * w, 4 * w, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)))
     if arch == "resnet18-half":  # torchvision's BasicBlock refuses another width
         return Classifier(nn.Sequential(
             nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Sequential(BasicBlock(32, 32), BasicBlock(32, 32)),
-            nn.Sequential(stage(32, 64, 2), BasicBlock(64, 64)),
-            nn.Sequential(stage(64, 128, 2), BasicBlock(128, 128)),
-            nn.Sequential(stage(128, 256, 2), BasicBlock(256, 256)),
+            nn.Sequential(block(32, 64, 2), BasicBlock(64, 64)),
+            nn.Sequential(block(64, 128, 2), BasicBlock(128, 128)),
+            nn.Sequential(block(128, 256, 2), BasicBlock(256, 256)),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10)))
     net = {"resnet18": resnet18, "resnet50": resnet50}[arch](num_classes=10)
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -211,7 +212,8 @@ def make_model(arch="resnet50"):
     return Classifier(net)
 
 
-def stage(c_in, c_out, stride):
+def block(c_in, c_out, stride):
+    """A BasicBlock with a 1x1 convolution as its shortcut, whatever its stride and widths."""
     shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
     return BasicBlock(c_in, c_out, stride, nn.Sequential(*shortcut))
 
@@ -286,6 +288,9 @@ def run(args):
     split = (x_test, y_test) if args.start_split == "test" else (x_train, y_train)
     # here, so that a wrong --start is seen before the training
     start = starts(args.start, *split, root=None if args.smoke else args.data)
+    if args.sampler == ["langevin"] and args.sample_norm is None and args.sample_step_size:
+        raise Refused("langevin reads --sample-step-size only together with --sample-norm: none "
+                      "(a factor of the gradient) or l2 (a length)")
     torch.manual_seed(args.seed)
     f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     # an attack step costs 2 forwards, for it takes the gradient of x only; an update 3
@@ -316,12 +321,14 @@ def run(args):
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+TRY = "try a smaller --lr or another --seed, in another --out"
 
 
 def log(args, epoch, **figures):
-    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is a NaN."""
+    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is not finite.
+    """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise Refused(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
+        raise Refused(f"training diverged ({figures}): {TRY}")
     figures = {"epoch": epoch, **figures}
     say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -334,7 +341,7 @@ def save_checkpoint(args, epoch, **parts):
     """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise Refused(f"training diverged; {args.out} keeps its last checkpoint")
+        raise Refused(f"training diverged, its weights are not finite: {TRY}")
     state["epoch"], state["epochs"] = epoch, args.epochs
     state["flags"] = flag_values(args, args.training)
     state["rng"] = torch.get_rng_state()
@@ -398,9 +405,9 @@ def save_results(args, results):
 
 def add_is_and_fid(args, results, names):
     """To the rows of these sets of samples; null, and the reason, where there are none."""
-    files = [f"{args.out}/samples_{name}.npz" for name in names]
-    for name, file in zip(names, files):
-        row = results["samples"][name]
+    missing = []
+    for name in names:
+        row, file = results["samples"][name], f"{args.out}/samples_{name}.npz"
         if row.get("fid") is None:
             row.update(is_mean=None, is_std=None, fid=None, reason="they take hours on a CPU")
             if args.smoke:
@@ -408,14 +415,16 @@ def add_is_and_fid(args, results, names):
             elif args.device == "cuda":
                 try:
                     from metrics import score
-                    row.update(score([file], args.data, device="cuda")[0], reason=None)
+                    row.update(next(score([file], args.data, device="cuda")), reason=None)
                 except (ImportError, OSError, ValueError, RuntimeError) as e:  # weights, memory
                     row["reason"] = one_line(e)
         save_results(args, results)
         shown = {key: value for key, value in row.items() if key != "flags"}
         say(f"{name}: {shown}")
-    if not args.smoke:
-        say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
+        if row["fid"] is None:
+            missing.append(file)
+    if missing and not args.smoke:
+        say(f"IS and FID: python metrics.py {shlex.join(missing)} --data {shlex.quote(args.data)}")
 
 
 def read_flags(groups, argv, presets):
@@ -446,7 +455,8 @@ def read_flags(groups, argv, presets):
     for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
         missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"{typed(norm)} measures {' and '.join(missing)}: give them, too")
+            parser.error(f"{typed(norm)} {given[norm]} needs {' and '.join(missing)}: what is set "
+                         "by default is of another norm")
     args = argparse.Namespace(**{**defaults, **given})
     args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given

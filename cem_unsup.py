@@ -32,8 +32,9 @@ Sources of the defaults: [slides] the paper's; [memory] of its text: the loss, M
 et al., NeurIPS 2020, code, on which the paper builds; [DynACL] Luo et al., ICLR 2023, by CEM's
 first authors among others, code; [AdvCL] Fan et al., NeurIPS 2021, code; [assumed] our reading;
 [ours] in none. The formula moves one view; [ACL] and [DynACL] move both, in the linf ball, and so
-does the default. Of [ACL] we leave out the clean half of each batch with batch norms of its own,
-LARS and the bicubic crop; its random start may leave [0, 1], ours may not.
+does the default. Of [ACL] we leave out the loss of the clean views, half of its own, with batch
+norms of their own; LARS; the bicubic crop; and the smaller last batch. Its random start may leave
+[0, 1], ours may not.
 """
 import argparse
 import hashlib
@@ -74,8 +75,10 @@ def cem_loss(g, x, x_prime, tau, views="both", **attack):
     """NT-Xent of two views x, x' [B, 3, 32, 32] in [0, 1] of each image, after the attack. views:
     "both" are moved, to raise NT-Xent; or "one", to raise NCE(x_hat, x'). attack: steps, step_size,
     eps, norm."""
-    if x.shape != x_prime.shape or views not in ("both", "one"):
-        raise ValueError(f"{list(x.shape)} and {list(x_prime.shape)} as views; {views!r} moved")
+    if x.shape != x_prime.shape:
+        raise ValueError(f"two views of each image, not {list(x.shape)}, {list(x_prime.shape)}")
+    if views not in ("both", "one"):
+        raise ValueError(f'views must be "both" or "one", not {views!r}')
     with frozen(g):
         if views == "both":
             pair = torch.cat([x, x_prime])
@@ -138,7 +141,8 @@ def parse_args(argv=None):
     add("--batch-size", type=in_range(int, 2), default=512, help="images [ACL]")
     add("--lr", type=number, default=0.5, help="learning rate [AdvCL]")
     add("--warmup-epochs", type=number, default=10.0,
-        help="of linear growth up to --lr, --epochs / 10 at most; then a cosine down to 0 [AdvCL]")
+        help="of linear growth up to --lr, then a cosine down to 0 [ACL]; --epochs / 10 at most "
+             "[ours]")
     add("--crop-area", type=in_range(float, 0.01, 1), default=0.1,
         help="share of the image that a view shows, at least [ACL]")
     add("--jitter", type=fraction, default=0.5,
@@ -233,7 +237,7 @@ def make_model(arch="resnet50"):
         return Encoder(nn.Sequential(
             # 4x4, for a 3x3 of stride 2 covers pixels unevenly, and samples show a grid
             nn.Conv2d(3, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
-            stage(w, w, 1), stage(w, 2 * w, 2), stage(2 * w, 4 * w, 2),
+            block(w, w, 1), block(w, 2 * w, 2), block(2 * w, 4 * w, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten()), width=4 * w)
     net = {"resnet18": resnet18, "resnet50": resnet50}[arch]()
     width = net.fc.in_features
@@ -243,7 +247,8 @@ def make_model(arch="resnet50"):
     return Encoder(net, width)
 
 
-def stage(c_in, c_out, stride):
+def block(c_in, c_out, stride):
+    """A BasicBlock with a 1x1 convolution as its shortcut, whatever its stride and widths."""
     shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
     return BasicBlock(c_in, c_out, stride, nn.Sequential(*shortcut))
 
@@ -418,12 +423,13 @@ def evaluate(g, probe_data, x, y, args):
 def run(args):
     x_train, y_train, x_test, y_test = load_data(args)
     if len(x_train) < args.batch_size:
-        raise Refused(f"--batch-size {args.batch_size}: there are {len(x_train)} images")
+        raise Refused(f"--batch-size {args.batch_size}: there are only {len(x_train)} train images")
     split = (x_test, y_test) if args.start_split == "test" else (x_train, y_train)
     start = {kind: starts(kind, *split) for kind in args.start}
     torch.manual_seed(args.seed)
     g = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     K = args.attack_steps
+    # an attack step costs 2, an update 3, both of two views; for one view x' is embedded once
     forwards = 4 * K + 6 if args.attack_views == "both" else 2 * K + 7
     say_how_long(args, g, forwards * len(x_train))
     train(g, x_train, args)
@@ -454,12 +460,14 @@ def run(args):
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+TRY = "try a smaller --lr or another --seed, in another --out"
 
 
 def log(args, epoch, **figures):
-    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is a NaN."""
+    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is not finite.
+    """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise Refused(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
+        raise Refused(f"training diverged ({figures}): {TRY}")
     figures = {"epoch": epoch, **figures}
     say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -472,7 +480,7 @@ def save_checkpoint(args, epoch, **parts):
     """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise Refused(f"training diverged; {args.out} keeps its last checkpoint")
+        raise Refused(f"training diverged, its weights are not finite: {TRY}")
     state["epoch"], state["epochs"] = epoch, args.epochs
     state["flags"] = flag_values(args, args.training)
     state["rng"] = torch.get_rng_state()
@@ -536,9 +544,9 @@ def save_results(args, results):
 
 def add_is_and_fid(args, results, names):
     """To the rows of these sets of samples; null, and the reason, where there are none."""
-    files = [f"{args.out}/samples_{name}.npz" for name in names]
-    for name, file in zip(names, files):
-        row = results["samples"][name]
+    missing = []
+    for name in names:
+        row, file = results["samples"][name], f"{args.out}/samples_{name}.npz"
         if row.get("fid") is None:
             row.update(is_mean=None, is_std=None, fid=None, reason="they take hours on a CPU")
             if args.smoke:
@@ -546,14 +554,16 @@ def add_is_and_fid(args, results, names):
             elif args.device == "cuda":
                 try:
                     from metrics import score
-                    row.update(score([file], args.data, device="cuda")[0], reason=None)
+                    row.update(next(score([file], args.data, device="cuda")), reason=None)
                 except (ImportError, OSError, ValueError, RuntimeError) as e:  # weights, memory
                     row["reason"] = one_line(e)
         save_results(args, results)
         shown = {key: value for key, value in row.items() if key != "flags"}
         say(f"{name}: {shown}")
-    if not args.smoke:
-        say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
+        if row["fid"] is None:
+            missing.append(file)
+    if missing and not args.smoke:
+        say(f"IS and FID: python metrics.py {shlex.join(missing)} --data {shlex.quote(args.data)}")
 
 
 def read_flags(groups, argv, presets):
@@ -584,7 +594,8 @@ def read_flags(groups, argv, presets):
     for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
         missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"{typed(norm)} measures {' and '.join(missing)}: give them, too")
+            parser.error(f"{typed(norm)} {given[norm]} needs {' and '.join(missing)}: what is set "
+                         "by default is of another norm")
     args = argparse.Namespace(**{**defaults, **given})
     args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given

@@ -31,12 +31,12 @@ in the last one, the PGD-20 accuracy on those 250, because training can overfit 
 attack. Chains are not clamped, the images in files are. JEM-like training diverges now and then:
 the run stops there, at the latest at the epoch's end, and says how to go on.
 
-Sources of the defaults: [paper] the abstract; [secondary] works that restate the paper; [JEM] the
-code of Grathwohl et al., ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading; [ours]
-in none of them. Differences from JEM's code: 50,000 train images, not 45,000; the last, smaller
-batch is used; no chain is twice in a batch; the warm-up begins at 1/1000 of the rate, not at 0; the
-noisy images are clamped to [0, 1], where the attack's start must be; on CUDA, bfloat16 (--no-amp:
-float32).
+Sources: [paper] the abstract, which is all of it that we had; [secondary] later works that restate
+the paper: log p(x_adv, y), the attack, the loss, the sampling; [JEM] the code of Grathwohl et al.,
+ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading; [ours] in none of them.
+Differences from JEM's code: 50,000 train images, not 45,000; the last, smaller batch is used; no
+chain is twice in a batch; the warm-up begins at 1/1000 of the rate, not at 0; the noisy images are
+clamped to [0, 1], where the attack's start must be; on CUDA, bfloat16 (--no-amp: float32).
 """
 import argparse
 import hashlib
@@ -83,7 +83,8 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
 
     buffer  a ReplayBuffer, whose chains move on here. None: the loss is CE(x_adv, y) alone, and
             its pieces CE and E(x_adv)
-    score   of the attack: joint_energy_score; without buffer, PreJEAT. cross_entropy: AT
+    score   what the attack raises: joint_energy_score for JEAT, and for PreJEAT, which has no
+            buffer; cross_entropy for AT
     norm, attack  of `ascend`; attack: steps, step_size, eps
     """
     with eval_mode(f):  # raise E(x, y), for AT the cross-entropy, in the ball; steps = 0: x itself
@@ -136,8 +137,9 @@ def parse_args(argv=None):
     training = argparse.ArgumentParser(add_help=False)
     add = training.add_argument_group("training; a checkpoint belongs to these").add_argument
     add("--method", default="jeat", choices=("jeat", "prejeat", "at"),
-        help="[paper]; prejeat: our definition, CE at JEAT's x_adv, no log p(x); at: CE at its own "
-             "adversary; both without negatives and buffer")
+        help="jeat [secondary]; prejeat: our definition, CE at JEAT's x_adv, no log p(x); at: the "
+             "paper's baseline, as we read it, CE at its own adversary; both without negatives and "
+             "buffer")
     add("--arch", default="wrn-28-10", choices=("wrn-28-10", "wrn-16-8", "wrn-16-4", "wrn-16-2",
                                                 "wrn-10-2", "small-24"),
         help="wrn-D-W: depth, width [JEM]; small-W: three convolutions, of W, 2 W, 4 W channels")
@@ -146,7 +148,7 @@ def parse_args(argv=None):
     add("--lr-drops", type=fraction, default=[0.8, 0.9], nargs="*",
         help="x 0.3 at these fractions of --epochs [JEM]")
     add("--norm", default="linf", choices=("linf", "l2"),
-        help="of ball and step [secondary]; l2 needs another --attack-eps and step size")
+        help="of ball and step [secondary]; l2 needs another --attack-eps")
     add("--attack-eps", type=number, default=8 / 255, help="radius, pixels in [0, 1] [assumed]")
     add("--attack-steps", type=count, default=1,
         help="[secondary]; at: 10 [assumed]; 0: no attack, a control, see above")
@@ -163,8 +165,9 @@ def parse_args(argv=None):
     sampling = argparse.ArgumentParser(add_help=False)
     add = sampling.add_argument_group("sampling; a set of samples belongs to these").add_argument
     add("--start", default="class", metavar="KIND",
-        help="of gaussian. class: a Gaussian of each [secondary]; pooled: one of all [ours]; "
-             "fields: random colours [ours]; cifar100, svhn or a .npy: images [ours]")
+        help="where the sampler gaussian begins. class: a Gaussian of each [secondary]; pooled: "
+             "one of all [ours]; fields: random colours [ours]; cifar100, svhn or a .npy: images "
+             "[ours]")
     add("--start-split", default="train", choices=("train", "test"),
         help="the Gaussians' images [ours, so that no test image enters]")
     add("--num-samples", type=positive, default=50000, help="of each sampler [assumed]")
@@ -299,8 +302,7 @@ def train(f, buffer, x_train, y_train, args):
             figures = train_epoch(f, values_and_gradients, optimizer, x_train, y_train, epoch, args)
         except Refused as e:  # a NaN in an attack or a chain; too large a loss
             keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
-            raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}a smaller --lr "
-                          "or another --seed needs another --out") from e
+            raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}{TRY}") from e
         log(args, epoch=epoch + 1, **figures)
         save_checkpoint(args, epoch + 1, **parts)
 
@@ -391,7 +393,7 @@ def run(args):
     torch.manual_seed(args.seed)
     f = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     buffer = None
-    forwards = 2 * args.attack_steps + 3
+    forwards = 2 * args.attack_steps + 3  # a step of attack or chain costs 2, an update 3
     if args.method == "jeat":
         buffer = ReplayBuffer(args.buffer_size, (3, 32, 32), device=args.device)
         forwards += 2 * args.sgld_steps + 3
@@ -426,18 +428,22 @@ def run(args):
         names.append(name)
     x, y = to_float(x_test[:100]), y_test[:100]
     if results.get("flatness", {"n": 0})["n"] < len(x):
+        say(f"flatness of the energy around {len(x)} test images ...")
         results["flatness"] = flatness(f, x, y, args)
+        save_results(args, results)
     add_is_and_fid(args, results, names)
 
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+TRY = "try a smaller --lr or another --seed, in another --out"
 
 
 def log(args, epoch, **figures):
-    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is a NaN."""
+    """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is not finite.
+    """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise Refused(f"training diverged: {figures}; {args.out} keeps its last checkpoint")
+        raise Refused(f"training diverged ({figures}): {TRY}")
     figures = {"epoch": epoch, **figures}
     say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -450,7 +456,7 @@ def save_checkpoint(args, epoch, **parts):
     """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise Refused(f"training diverged; {args.out} keeps its last checkpoint")
+        raise Refused(f"training diverged, its weights are not finite: {TRY}")
     state["epoch"], state["epochs"] = epoch, args.epochs
     state["flags"] = flag_values(args, args.training)
     state["rng"] = torch.get_rng_state()
@@ -514,9 +520,9 @@ def save_results(args, results):
 
 def add_is_and_fid(args, results, names):
     """To the rows of these sets of samples; null, and the reason, where there are none."""
-    files = [f"{args.out}/samples_{name}.npz" for name in names]
-    for name, file in zip(names, files):
-        row = results["samples"][name]
+    missing = []
+    for name in names:
+        row, file = results["samples"][name], f"{args.out}/samples_{name}.npz"
         if row.get("fid") is None:
             row.update(is_mean=None, is_std=None, fid=None, reason="they take hours on a CPU")
             if args.smoke:
@@ -524,14 +530,16 @@ def add_is_and_fid(args, results, names):
             elif args.device == "cuda":
                 try:
                     from metrics import score
-                    row.update(score([file], args.data, device="cuda")[0], reason=None)
+                    row.update(next(score([file], args.data, device="cuda")), reason=None)
                 except (ImportError, OSError, ValueError, RuntimeError) as e:  # weights, memory
                     row["reason"] = one_line(e)
         save_results(args, results)
         shown = {key: value for key, value in row.items() if key != "flags"}
         say(f"{name}: {shown}")
-    if not args.smoke:
-        say(f"IS and FID: python metrics.py {shlex.join(files)} --data {shlex.quote(args.data)}")
+        if row["fid"] is None:
+            missing.append(file)
+    if missing and not args.smoke:
+        say(f"IS and FID: python metrics.py {shlex.join(missing)} --data {shlex.quote(args.data)}")
 
 
 def read_flags(groups, argv, presets):
@@ -562,7 +570,8 @@ def read_flags(groups, argv, presets):
     for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
         missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"{typed(norm)} measures {' and '.join(missing)}: give them, too")
+            parser.error(f"{typed(norm)} {given[norm]} needs {' and '.join(missing)}: what is set "
+                         "by default is of another norm")
     args = argparse.Namespace(**{**defaults, **given})
     args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given

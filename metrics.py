@@ -47,7 +47,7 @@ WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_we
 WEIGHTS_HASH = "6726825d"  # the file's sha256 begins so
 SPLITS = 10
 BATCH_SIZE = 128
-ENOUGH_IMAGES = 2048  # the features' dimension: with fewer images their covariance is singular
+TOO_FEW = "no more images than features: a singular covariance, and too high a FID"
 ROUNDING = 1e-4  # a foreign sigma, made in float32, may be off by this share of its largest value
 
 
@@ -262,9 +262,9 @@ def evaluate(images_uint8, reference, extract=None, batch_size=BATCH_SIZE, label
     """IS and FID of images uint8 [N, 3, H, W], N >= 10, against reference (mu [D], sigma [D, D]).
 
     extract maps a uint8 batch [B, 3, H, W] to features [B, D] and logits [B, K]; default:
-    Inception on the images' device. Returns a dict: n, is_mean, is_std, fid and, below 2,048
-    images, a warning. With a label, progress is shown. ValueError: not uint8, too few images,
-    extract in training mode, its output or the reference not finite.
+    Inception on the images' device. Returns a dict: n, is_mean, is_std, fid and, where N <= D, a
+    warning. With a label, progress is shown. ValueError: not uint8, too few images, extract in
+    training mode, its output or the reference not finite.
     """
     if extract is None:
         extract = load_inception(device=images_uint8.device)
@@ -272,8 +272,8 @@ def evaluate(images_uint8, reference, extract=None, batch_size=BATCH_SIZE, label
     is_mean, is_std = inception_score(logits)
     fid = frechet_distance(*gaussian_statistics(features), *reference)
     result = {"n": len(features), "is_mean": is_mean, "is_std": is_std, "fid": fid}
-    if len(features) < ENOUGH_IMAGES:
-        result["warning"] = "fewer than 2,048 images: singular covariance, biased FID"
+    if len(features) <= features.shape[1]:
+        result["warning"] = TOO_FEW
     return result
 
 
@@ -365,19 +365,18 @@ def progress(batches, label):
 
 # ================================================================ files
 def score(paths, data="./data", reference=None, weights=None, device="cpu", batch_size=BATCH_SIZE):
-    """IS and FID of each .npz in paths: a list of evaluate's dicts with `file` and `weights`, the
-    hash of the Inception weights. reference and weights: paths, or None for the defaults.
+    """Yield, for each .npz in paths as soon as it is scored, evaluate's dict with `file` and
+    `weights`, the hash of the Inception weights. reference and weights: paths, or None for the
+    defaults.
 
     OSError, Refused: something is absent, damaged or of no use; the text is one line.
     """
     samples = [load_images(path) for path in paths]  # all are checked before anything takes time
     net = load_inception(weights, device)
     statistics = load_reference(reference, net, data, batch_size)
-    results = []
     for path, images in zip(paths, samples):
         result = evaluate(images, statistics, net, batch_size, str(path))
-        results.append({"file": str(path), **result, "weights": net.weights_hash})
-    return results
+        yield {"file": str(path), **result, "weights": net.weights_hash}
 
 
 def load_images(path):
@@ -403,8 +402,8 @@ def load_reference(path, net, data, batch_size=BATCH_SIZE):
         return as_statistics(path, arrays)
     images = as_images(path, arrays["arr_0"])
     features, _ = extract_features(images, net, batch_size, "reference")
-    if len(images) < ENOUGH_IMAGES:
-        warn(f"{path}: fewer than 2,048 reference images: biased FID")
+    if len(features) <= features.shape[1]:
+        warn(f"{path}: {TOO_FEW}")
     return gaussian_statistics(features)
 
 
@@ -515,6 +514,16 @@ def stop(message, code=2):
     sys.exit(code)
 
 
+def put_out(line):
+    """To stdout at once; to stderr, and the end, where stdout is None, full or closed."""
+    try:
+        sys.stdout.write(line)
+        sys.stdout.flush()
+    except (AttributeError, OSError, ValueError) as e:
+        say(line, end="")
+        stop(f"error: stdout took no result ({e})")
+
+
 def one_line(e):
     return f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
 
@@ -536,8 +545,11 @@ def main(argv=None):
     if args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, is {args.batch_size}")
     try:
-        results = score(args.samples, args.data, args.reference, args.inception_weights,
-                        args.device, args.batch_size)
+        for result in score(args.samples, args.data, args.reference, args.inception_weights,
+                            args.device, args.batch_size):
+            if "warning" in result:
+                warn(f"{result['file']}: {result['warning']}")
+            put_out(json.dumps(result) + "\n")
     except (OSError, Refused) as e:
         stop(f"error: {e}")
     except (MemoryError, RuntimeError) as e:  # torch raises RuntimeErrors
@@ -547,16 +559,6 @@ def main(argv=None):
         stop(f"error: out of memory ({one_line(e)}): try a smaller --batch-size")
     except KeyboardInterrupt:
         stop("interrupted", 130)
-    for result in results:
-        if "warning" in result:
-            warn(f"{result['file']}: {result['warning']}")
-    lines = "".join(json.dumps(result) + "\n" for result in results)
-    try:
-        sys.stdout.write(lines)
-        sys.stdout.flush()
-    except (AttributeError, OSError, ValueError) as e:  # None, full, closed: these took hours
-        say(lines, end="")
-        stop(f"error: stdout took no result ({e})")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,8 @@ def worst_case(score, x, steps, step_size, *, eps, restarts=1, norm="l2", genera
     points of the ball. Otherwise as `ascend`. Refused: a NaN among the scores."""
     if restarts < 1:
         raise ValueError(f"restarts must be >= 1, not {restarts}")
+    if restarts > 1 and eps == math.inf:
+        raise ValueError("restarts begin at random points of the ball: they need a finite eps")
     best, value = x.detach().clone(), torch.full((len(x),), -math.inf, device=x.device)
 
     def keep(k, x_k, score_k):
@@ -192,7 +194,8 @@ def frozen(*nets):
     """eval_mode, and each batch norm folded into the convolution before it: the same function to
     rounding, 1.1 to 1.3 times as fast on a CPU. For attacks and samplers: parameters are constants
     inside. A pair is left as it is if anything else reads the convolution's output; a net, if it
-    has hooks or torch.fx cannot trace it."""
+    has hooks, if a module's forward was replaced, or if torch.fx cannot trace it. A list or a dict
+    on which a forward branches must not change after the first call."""
     folded = []
     with eval_mode(*nets):
         try:
@@ -231,11 +234,13 @@ _traced = WeakKeyDictionary()  # net: its state when it was traced, its pairs' n
 def _conv_norm_pairs(net):
     """(convolution, batch norm) of each norm that alone reads its convolution's output."""
     modules = dict(net.named_modules(prefix="0"))  # as named in Sequential(net), which is traced
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules.values()):
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in vars(m)
+           for m in modules.values()):  # a forward in vars: replaced; of a folded net, for one
         return []
     # traced again if a module was replaced, or if one of its numbers or flags changed, on which a
     # forward may branch; weak references, so that a net can be freed
-    state = [(name, ref(m), {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str))})
+    plain = int, float, str, type(None)
+    state = [(name, ref(m), {k: v for k, v in vars(m).items() if isinstance(v, plain)})
              for name, m in modules.items()]
     if net not in _traced or _traced[net][0] != state:
         _traced[net] = state, _names_of_pairs(net)
@@ -262,8 +267,7 @@ def _names_of_pairs(net):
 
 def _can_fold(conv, norm):
     plain = type(conv).forward is nn.Conv2d.forward and type(norm).forward is nn.BatchNorm2d.forward
-    replaced = "forward" in vars(conv) or "forward" in vars(norm)  # folded already, for one
-    return plain and not replaced and not norm.training and norm.running_var is not None
+    return plain and not norm.training and norm.running_var is not None
 
 
 def _l2(v):
@@ -366,19 +370,19 @@ class Recorded:
                 self.on, self.graphs = False, {}
         if not self.on:
             return self.fn(*inputs, **constants)
-        graph, held, outputs = self.graphs[shapes]
+        graph, held, results = self.graphs[shapes]
         for mine, x in zip(held, inputs):
             mine.copy_(x)
         graph.replay()
-        return outputs
+        return results
 
     def _record(self, inputs):
-        """The graph, the inputs that it reads, the outputs that it writes."""
+        """The graph, the inputs that it reads, the results that it writes."""
         held, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
         # torch.cuda.graph leaves its stream only where it succeeds, _side_stream in any case
         with _side_stream() as stream, torch.cuda.graph(graph, stream=stream):
-            outputs = self.fn(*held, **self.constants)
-        return graph, held, outputs
+            results = self.fn(*held, **self.constants)
+        return graph, held, results
 
 
 def recording(x):
@@ -606,12 +610,18 @@ def starts(kind, x, y, root="./data"):
     kind: "class" or "pooled", Gaussians fitted to images x with labels y; "fields", colour_fields;
     or a set as load_images takes it, of which images are drawn at random. Refused: "class", and one
     of the ten is missing; no such set."""
-    if kind == "class" and len(torch.as_tensor(y).unique()) < 10:
-        raise Refused("class-wise starts need images of all ten classes")
+    if kind == "class":
+        n_classes = len(torch.as_tensor(y).unique())
+        if n_classes < 10:
+            raise Refused(f"class starts need images of all ten classes, not of {n_classes}: raise "
+                          "--limit, or take --start pooled or fields")
     if kind in ("class", "pooled"):
         return fit_gaussians(x, y if kind == "class" else None).sample
     if kind == "fields":
         return lambda labels: colour_fields(len(labels), device=x.device)
+    if kind not in ("cifar100", "svhn") and not Path(kind).exists():
+        raise Refused(f"{kind}: no such file, and no start; these are class, pooled, fields, "
+                      "cifar100, svhn")
     images = load_images(kind, root).to(x.device)
 
     def draw_images(labels):
@@ -620,8 +630,8 @@ def starts(kind, x, y, root="./data"):
 
 
 def colour_fields(n, cells=4, size=32, generator=None, device="cpu"):
-    """Starts that need no data: cells x cells random colours, resized bicubically -> float32
-    [n, 3, size, size] in [0, 1], of mean 0.5. All of it, the range 0.2 to 0.8 too, is ours."""
+    """Starts that need no data: cells x cells random colours in 0.2 to 0.8, resized bicubically,
+    which overshoots -> float32 [n, 3, size, size] in [0, 1], of mean 0.5. All of it is ours."""
     colours = torch.rand(n, 3, cells, cells, generator=generator, device=device,
                          dtype=torch.float32)
     field = F.interpolate(colours, (size, size), mode="bicubic", align_corners=False)
@@ -784,6 +794,8 @@ def load_images(name, root="./data", train=True):
                 fault = "is no .npy or .npz of images, or a damaged one"
                 x = np.load(name, allow_pickle=False)
                 x = x["arr_0"] if isinstance(x, np.lib.npyio.NpzFile) else x
+    except MemoryError as e:
+        raise Refused(f"{name} does not fit into memory") from e
     except (OSError, ImportError) as e:  # no file, no network, no SciPy
         raise Refused(f"{name}: {one_line(e)}") from e
     except Exception as e:  # torchvision and numpy raise a dozen kinds
@@ -922,9 +934,9 @@ def progress(batches, what):
 
 
 def say_how_long(args, net, forwards):
-    """On a CPU, print about how long the training takes, and advise --amp or --small. forwards: of
-    one image, that an epoch needs."""
-    if args.device != "cpu" or args.smoke:
+    """On a CPU, print about how long the training takes, unless it has begun, and advise --amp or
+    --small. forwards: of one image, that an epoch needs."""
+    if args.device != "cpu" or args.smoke or Path(args.out, "checkpoint.pt").exists():
         return
     x = torch.zeros(32, 3, 32, 32)
     with eval_mode(net), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.amp):

@@ -447,7 +447,7 @@ def test_every_iteration_uses_the_gates_k_and_its_own_images(tmp_path, monkeypat
     assert logged == [0, 1, 2, 3, 3]  # those trained, not the gate's next
 
 
-def test_sampling_takes_its_flags_and_starts_from_p0_each_before_any_again(few_images, tmp_path, monkeypatch):
+def test_sampling_takes_its_flags_and_starts_from_p0_each_before_any_again(few_images, tmp_path, monkeypatch, capsys):
     """And leaves the sets that are there."""
     seen = []
     spy(monkeypatch, "ascend", lambda args, kwargs: seen.append((args[2:], kwargs)))
@@ -456,7 +456,9 @@ def test_sampling_takes_its_flags_and_starts_from_p0_each_before_any_again(few_i
     first = main(tmp_path, *TINY, *path)["samples"]
     assert seen[-1] == ((3, 0.3), dict(eps=0.7, norm="linf", noise=0.01)) and len(first) == 2
     files = {path.name: path.read_bytes() for path in tmp_path.glob("samples_*")}
+    capsys.readouterr()
     rows = main(tmp_path, *TINY, "--sample-steps", 0, "--num-samples", 600, "--sampler", "ascent")["samples"]
+    assert "but there are 288 images of p_0: the samples repeat" in capsys.readouterr().out
     assert rows.keys() - first.keys() == {"ascent_num-samples-600_steps-0"} and first.items() <= rows.items()
     assert {path.name: path.read_bytes() for path in tmp_path.glob("samples_*")}.items() > files.items()
     images = [v.numpy().tobytes() for v in pixels(tmp_path / "samples_ascent_num-samples-600_steps-0.npz")]
@@ -474,7 +476,8 @@ def test_sampling_takes_its_flags_and_starts_from_p0_each_before_any_again(few_i
 
 def test_fewer_images_to_translate_than_samples_are_said(few_images, tmp_path, capsys):
     first = main(tmp_path, *TINY, "--num-samples", 40)["samples"]
-    assert "there are 25 test images to translate" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "there are 25 test images to translate" in said and "the samples repeat" not in said
     assert [row["n"] for row in first.values()] == [40, 25]
     rows = main(tmp_path, *TINY, "--num-samples", 25, "--translate-from", 2)["samples"]
     assert "test images to translate" not in capsys.readouterr().out
@@ -518,7 +521,7 @@ def test_wrong_flags(flags, words, few_images, capsys, tmp_path):
 
 def test_all_classes_leave_no_rest_and_no_translation(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(samplers, "cifar10", gray_cifar10)
-    assert "leave no others" in error(capsys, "--p0", "rest", "--out", tmp_path / "out")
+    assert "rest is empty" in error(capsys, "--p0", "rest", "--out", tmp_path / "out")
     assert "needs --translate-from" in error(capsys, "--sampler", "translation", "--out", tmp_path / "out")
     flags = ["--small", "--classes", *"0123456789", "--p0", "noise", "--sampler"]
     binary_at_ebm.load_all(binary_at_ebm.parse_args([*flags, "ascent"]))  # --small's --translate-from is of no account

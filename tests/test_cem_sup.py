@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import cem_sup
-from conftest import DRAW, classifier, no_digits, run_script, train_judge
-from samplers import accuracy, ascend, cross_entropy, drawn_digits, fit_gaussians, langevin, to_float
+from conftest import DRAW, classifier, error, no_digits, run_script, train_judge
+from samplers import accuracy, ascend, cross_entropy, drawn_digits, fit_gaussians, langevin, starts, to_float
 
 
 def results_of(out):
@@ -116,6 +116,25 @@ def test_langevin_has_a_step_of_its_own():
     shorter = cem_sup.parse_args(["--sample-step-size", "0.2"])  # a length, no factor of the gradient
     steps = [cem_sup.with_own_step(shorter, name).sample_step_size for name in ("cs", "langevin")]
     assert steps == [0.2, 0.25]
+
+
+def test_a_step_size_that_langevin_alone_would_not_read_is_refused(capsys, tmp_path):
+    line = error(cem_sup, capsys, "--smoke", "--out", tmp_path / "out", "--sampler", "langevin",
+                          "--sample-step-size", 0.1)
+    assert "langevin reads --sample-step-size only together with --sample-norm" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_samplers_begin_at_the_same_points():
+    """In each batch, whatever noise the chains before it had."""
+    x, y = drawn_digits(40, 0)
+    f, start = cem_sup.make_model("small-16"), starts("class", x, y)
+    args = cem_sup.parse_args("--num-samples 30 --sample-batch-size 10 --sample-steps 1 --sample-step-size 0 "
+                              "--sample-norm none --sample-noise 0.001".split())
+    noisy, *_ = cem_sup.sample(f, "langevin", start, args)
+    args.sample_noise = 0.0
+    still, *_ = cem_sup.sample(f, "cs", start, args)
+    assert (noisy.float() - still.float()).abs().max() <= 2  # of 255: five standard deviations, and rounding
 
 
 @pytest.mark.parametrize("arch, parameters",

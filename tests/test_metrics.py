@@ -400,13 +400,14 @@ def test_evaluate_does_not_depend_on_the_batch_size():
     reference = metrics.gaussian_statistics(small(images(60, seed=1))[0])
     results = [metrics.evaluate(x, reference, small, batch_size=b) for b in (7, 1000)]
     assert results[0] == results[1]
-    assert results[0]["n"] == 50 and "2,048" in results[0]["warning"]
+    assert results[0]["n"] == 50 and "warning" not in results[0]
     assert (results[0]["is_mean"], results[0]["is_std"]) == metrics.inception_score(logits)
     statistics = metrics.gaussian_statistics(features)
     assert results[0]["fid"] == metrics.frechet_distance(*statistics, *reference) > 0
     with pytest.raises(ValueError, match="uint8"):
         metrics.evaluate(x / 255, reference, small)
-    assert "warning" not in metrics.evaluate(images(2048), reference, small)
+    few = [metrics.evaluate(images(n), reference, small).get("warning") for n in (16, 17)]  # of 16 features
+    assert few == ["no more images than features: a singular covariance, and too high a FID", None]
 
 
 @pytest.mark.parametrize("where, value", [
@@ -535,13 +536,13 @@ def sample(tmp_path):
 def test_reference_file_with_statistics_or_images(tmp_path, sample, fids, capsys):
     mu, sigma = metrics.gaussian_statistics(Toy()(images(30))[0])
     path = write(tmp_path / "images.npz", arr_0=nhwc(images(30)))
-    metrics.score([sample], reference=path)
-    assert f"{path}: fewer than 2,048 reference images" in capsys.readouterr().err
+    list(metrics.score([sample], reference=path))
+    assert f"{path}: no more images than features" in capsys.readouterr().err
     noise = 1 + torch.randn(2048, 2048, dtype=torch.float64) * 1e-8
     foreign = (sigma * noise).numpy().astype(">f8")
     path = write(tmp_path / "statistics.npz", mu=mu.numpy().astype(np.longdouble), sigma=foreign)
-    metrics.score([sample], reference=path)
-    assert "reference images" not in capsys.readouterr().err
+    list(metrics.score([sample], reference=path))
+    assert "images.npz" not in capsys.readouterr().err
     for _, _, their_mu, their_sigma in fids:  # of each
         torch.testing.assert_close(their_mu, mu)
         torch.testing.assert_close(their_sigma, sigma, rtol=1e-6, atol=1e-6)
@@ -563,7 +564,7 @@ SKEW[0, 1], NAN[5, 5] = 1, math.nan
 def test_bad_reference_files(tmp_path, sample, fids, arrays, message):
     path = write(tmp_path / "reference.npz", **arrays)
     with pytest.raises(metrics.Refused, match=f"{path}: .*{message}"):
-        metrics.score([sample], reference=path)
+        next(metrics.score([sample], reference=path))
 
 
 def test_a_reference_that_is_no_covariance_is_refused_by_its_name(tmp_path):
@@ -575,7 +576,7 @@ def test_a_reference_that_is_no_covariance_is_refused_by_its_name(tmp_path):
 def test_foreign_files_are_told_what_is_wanted(tmp_path, sample, fids):
     torch.save({"mu": torch.zeros(3)}, tmp_path / "reference.pt")
     with pytest.raises(metrics.Refused, match="must hold mu and sigma, or arr_0; holds .*data.pkl"):
-        metrics.score([sample], reference=tmp_path / "reference.pt")
+        next(metrics.score([sample], reference=tmp_path / "reference.pt"))
 
 
 def test_reference_is_computed_once_and_kept(tmp_path, fids, monkeypatch, capsys):
@@ -655,14 +656,14 @@ def test_bad_samples_are_refused(content, message, sample, tmp_path, capsys, mon
 
 
 def test_a_line_of_json_per_file_and_labels_are_not_read(sample, tmp_path, fids, capsys):
-    np.savez(tmp_path / "labels.npz", nhwc(images(2048)), None)  # arr_1 is an object
+    np.savez(tmp_path / "labels.npz", nhwc(images(2049)), None)  # arr_1 is an object
     paths = [str(sample), str(tmp_path / "labels.npz"), str(sample)]
     metrics.main([*paths, "--reference", str(write(tmp_path / "r.npz", mu=MU, sigma=SIGMA))])
     out, err = capsys.readouterr()
     results = [json.loads(line) for line in out.splitlines()]
     assert [r["file"] for r in results] == paths and results[0] == results[2]
-    assert [r["n"] for r in results] == [10, 2048, 10]
-    assert "warning" not in results[1] and err.count("fewer than 2,048 images") == 2
+    assert [r["n"] for r in results] == [10, 2049, 10]
+    assert "warning" not in results[1] and err.count("no more images than features") == 2
 
 
 def test_bad_flags_are_refused(tmp_path, sample, fids, capsys):
@@ -795,6 +796,18 @@ def test_interrupt(sample, fids, monkeypatch, capsys):
     assert e.value.code == 130 and capsys.readouterr().err == "metrics.py: interrupted\n"
 
 
+def test_what_is_scored_before_an_interrupt_is_put_out(sample, tmp_path, fids, monkeypatch, capsys):
+    """Each file may take hours."""
+    evaluate, second = metrics.evaluate, write(tmp_path / "second.npz", arr_0=nhwc(images(11)))
+
+    def one(x, *args):
+        return evaluate(x, *args) if len(x) == 10 else raised(KeyboardInterrupt())
+    monkeypatch.setattr(metrics, "evaluate", one)
+    with pytest.raises(SystemExit) as e:
+        metrics.main([str(sample), str(second), "--reference", str(sample)])
+    assert e.value.code == 130 and json.loads(capsys.readouterr().out)["file"] == str(sample)
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_command_end_to_end(sample, tmp_path, weights, monkeypatch, capsys):
     def extract_features(*args):
@@ -814,6 +827,6 @@ def test_the_command_end_to_end(sample, tmp_path, weights, monkeypatch, capsys):
     assert json.loads(out) == {
         "file": str(sample), "n": 10, "is_mean": is_mean, "is_std": is_std,
         "fid": features.double().mean(0).square().sum().item(),
-        "warning": "fewer than 2,048 images: singular covariance, biased FID",
+        "warning": metrics.TOO_FEW,
         "weights": metrics.load_inception(weights).weights_hash}
-    assert "fewer than 2,048 images" in err and "not the FID weights" in err
+    assert metrics.TOO_FEW in err and "not the FID weights" in err

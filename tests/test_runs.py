@@ -178,7 +178,7 @@ def test_scores_or_the_reason(run, monkeypatch, capsys):
 
     def score(paths, data, device):
         calls.append((Path(paths[0]).name, data, device))
-        return [{"file": paths[0], "n": 20, "is_mean": 2.0, "is_std": 0.1, "fid": 50.0}]
+        yield {"file": paths[0], "n": 20, "is_mean": 2.0, "is_std": 0.1, "fid": 50.0}
 
     def no_weights(paths, data, device):
         raise OSError("no\nweights")
@@ -188,7 +188,9 @@ def test_scores_or_the_reason(run, monkeypatch, capsys):
     assert command.startswith("IS and FID: python metrics.py ")
     foreign = scores_with(monkeypatch, run, {"something": 1})  # somebody else's module of that name
     assert foreign[CS]["fid"] is None and "ImportError" in foreign[CS]["reason"] and foreign[CS]["n"] == 20
+    capsys.readouterr()
     rows = scores_with(monkeypatch, run, {"score": score})
+    assert "IS and FID:" not in capsys.readouterr().out  # they are there
     assert calls == [(f"samples_{CS}.npz", "da ta", "cuda"), (f"samples_{TA}.npz", "da ta", "cuda")]
     assert rows[TA]["fid"] == 50.0 and rows[TA]["moved"] > 0 and rows[TA]["reason"] is None
     rows = scores_with(monkeypatch, run, {"score": no_weights})  # what is scored stays so, on a CPU too
@@ -487,7 +489,7 @@ def test_no_data_and_no_network(tmp_path):
     assert "cifar-10-batches-py" in lines[0] and "--smoke" in lines[0]
 
 
-def test_a_long_run_on_a_cpu_says_so(capsys, monkeypatch):
+def test_a_long_run_on_a_cpu_says_so(capsys, monkeypatch, tmp_path):
     f = cem_sup.make_model("small-16").train()
     before = {name: t.clone() for name, t in f.state_dict().items()}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
@@ -498,6 +500,8 @@ def test_a_long_run_on_a_cpu_says_so(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "hours\n" in said and "--small" not in said and "--amp" not in said
     samplers.say_how_long(cem_sup.parse_args(["--device", "cpu", "--smoke"]), f, forwards=1)
+    (tmp_path / "checkpoint.pt").touch()  # its epochs say how far they are
+    samplers.say_how_long(cem_sup.parse_args(["--device", "cpu", "--out", str(tmp_path)]), f, forwards=1)
     assert capsys.readouterr().out == "" and f.training
     assert all(torch.equal(t, before[name]) for name, t in f.state_dict().items())
 

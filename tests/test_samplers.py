@@ -461,6 +461,8 @@ def test_worst_case_is_the_best_of_all_that_it_saw(norm):
 
     def score(x):
         return 1 + 1e-9 * (x.flatten(1) * torch.arange(1, 7)).mul(20).sin().sum(1)
+    with pytest.raises(ValueError, match="restarts .* need a finite eps"):
+        worst_case(score, x, 5, 0.05, eps=math.inf, restarts=2)
     best, value = worst_case(score, x, 5, 0.05, eps=0.1, restarts=3, norm=norm, generator=rng(4))
     g = rng(4)
     for restart in range(3):
@@ -563,8 +565,10 @@ def test_starts(tmp_path):
     assert mean["fields"].std().item() == pytest.approx(0.6 / 12 ** 0.5 / 48 ** 0.5, rel=0.3)  # 48 colours
     close(mean[str(tmp_path / "a.npy")], torch.full((300, 2), 0.2))
     close(mean[str(tmp_path / "b.npz")], torch.full((300, 2), 0.2))
-    with pytest.raises(ValueError, match="all ten classes"):
+    with pytest.raises(ValueError, match="all ten classes, not of 9: raise --limit"):
         starts("class", x[y < 9], y[y < 9])
+    with pytest.raises(ValueError, match="clas: no such file, and no start; these are class, pooled"):
+        starts("clas", x, y)
 
 
 @pytest.mark.parametrize("content, message", [
@@ -736,6 +740,16 @@ def test_frozen_leaves_norms_that_are_no_pair_with_a_convolution(left, forward, 
     dict(conv=nn.ConvTranspose2d(3, 4, 3)), dict(conv=nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)))])
 def test_frozen_leaves_other_layers(parts):
     assert_frozen_is_eval_mode(net_of(**parts), left=1)
+
+
+def test_frozen_leaves_nets_with_a_forward_of_their_own():
+    """Put there after a first use, too."""
+    f = net_of()
+    assert_frozen_is_eval_mode(f, left=0)
+    f.forward = lambda x: plus_itself(f, x)
+    assert_frozen_is_eval_mode(f, left=1)
+    del f.forward
+    assert_frozen_is_eval_mode(f, left=0)
 
 
 def test_frozen_leaves_a_norm_that_stays_in_training_mode():
