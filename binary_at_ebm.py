@@ -6,8 +6,8 @@ E = -f.
   training  max_D E_{x ~ p_data} log D(x) + E_{x ~ p_0} min_{x' in B(x, eps)} log(1 - D(x'))
             p_0: other images. At the optimum D = 1/2 on the support of p_data, D <= 1/2 off it
   attack    x' += a grad f / |grad f|, K steps; the data J steps the other way, with R1 on them
-  gate      K = 0, 1, ..., 25: one more when the AUC of attacked data against attacked p_0 > 0.8,
-            or after five epochs
+  gate      K = 0, 1, ..., 25: one more when the AUC of attacked data against attacked p_0, a mean
+            over 100 updates, exceeds 0.8, or after five epochs
   sampling  the same ascent, from p_0's images or another class's (translation); E detects outliers
 
   python binary_at_ebm.py                 the paper's run, ResNet-50, with CIFAR-100 as p_0
@@ -21,7 +21,7 @@ E = -f.
 Writes to --out: checkpoint.pt; log.jsonl, a line an epoch; for each sampler a set of samples,
 samples_{ascent,translation}.{png,npz}, named by the sampling flags that are not at their defaults
 (samples_ascent_steps-64.png); translation's png: each source, and beside it what it became.
-results.json: the gate's next K; 5, 25, 50, 75, 95 % quantiles of E of test data, p_0, attacked p_0;
+results.json: the gate's K; 5, 25, 50, 75, 95 % quantiles of E of test data, p_0, attacked p_0;
 AUROC of test data against each of --ood-sets, clean and worst case (l2 1.0); a row for each set of
 samples. Where an outlier set is of p_0's source, seen_in_p0 is true and its AUROC no evidence
 (null: unknown, as one of them is a file). IS and FID are against all ten classes, whatever
@@ -33,7 +33,7 @@ agrees; [our substitution]: CIFAR-100 for its p_0, 80M Tiny Images, which are wi
 your own is possible, if it fits into memory); [assumed] our reading; [ours] in none of them. Where
 the official code differs: f is the first of ten logits; it drops an epoch's last batch; it begins
 an epoch at each K; it never ends at the last K; its generation scripts also keep the checkpoint of
-the best FID, of 10,000 samples; it shuffles p_0, from which this file draws; in mode ood it
+the best FID, of 10,000 samples; it goes through p_0 in order, where this file draws; in mode ood it
 augments by AutoAugment and cutout, not by crop and flip, compares outliers with 1,024 test images,
 not with all, and attacks them by APGD.
 """
@@ -47,9 +47,9 @@ import shlex
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,23 +59,21 @@ from torchvision.utils import save_image
 from samplers import (HelpFormatter, Recorded, Refused, ascend, claimed, count, crop_flip,
                       flag_values, fraction, frozen, in_range, is_there, load_data, load_images,
                       logit, number, one_line, positive, progress, radius, save_samples, say,
-                      say_how_long, set_of_samples, to_float, to_uint8, typed, worst_case, write)
+                      say_how_long, seed, set_of_samples, to_float, to_uint8, typed, worst_case,
+                      write)
 
 
 # ================================================================ the method
-def adversaries(f, x, x_0, K=25, J=5, step=0.1, step_pos=0.1, eps=math.inf, eps_pos=math.inf,
-                norm="l2"):
+def adversaries(f, x, x_0, K=25, J=5, step=0.1, eps=math.inf, eps_pos=math.inf, norm="l2"):
     """x_pos: data x [B, 3, 32, 32], J steps down the logit; x_neg: p_0's images x_0, K steps up."""
     with frozen(f):
-        x_pos = ascend(logit(f, sign=-1), x, J, step_pos, eps=eps_pos, norm=norm)
+        x_pos = ascend(logit(f, sign=-1), x, J, step, eps=eps_pos, norm=norm)
         x_neg = ascend(logit(f), x_0, K, step, eps=eps, norm=norm)
     return x_pos, x_neg
 
 
 def at_ebm_loss(f, x_pos, x_neg, r1=0.01):
     """BCE, the mean over all 2B logits, + r1 * R1 at x_pos -> loss, logits f_pos, f_neg [B, 1]."""
-    if not r1 >= 0:
-        raise ValueError(f"r1 must be >= 0, not {r1}")
     x_pos = x_pos.detach().requires_grad_(r1 > 0)
     f_pos, f_neg = f(x_pos), f(x_neg)  # two forwards: R1 goes through the first only
     loss = 0.5 * (F.softplus(-f_pos).mean() + F.softplus(f_neg).mean())  # -log D, -log(1 - D)
@@ -92,7 +90,7 @@ def r1_penalty(logits, x):
 
 class Gate:
     """K, raised by 1 up to `last` when a full window of AUCs has a mean above the threshold, or
-    after `most` iterations; then the window is empty again [official]."""
+    after `most` iterations, five epochs; then the window is empty again [official]."""
 
     def __init__(self, K=0, last=25, threshold=0.8, window=100, most=7815):
         self.K, self.last = K, last
@@ -116,10 +114,11 @@ class Gate:
 
 
 def auc(positive, negative):
-    """P(positive > negative) + P(equal) / 2 of two sets of scores, exact. Refused: none, a NaN."""
+    """P(positive > negative) + P(equal) / 2 of two sets of scores, exact. Refused: an empty set, a
+    NaN."""
     positive, negative = positive.flatten(), negative.flatten().sort().values
     if len(positive) * len(negative) == 0 or positive.isnan().any() or negative.isnan().any():
-        raise Refused(f"auc: no scores, or scores that are NaN: has the training diverged? {TRY}")
+        raise Refused("auc: no scores, or scores that are NaN: has the training diverged?")
     below = torch.searchsorted(negative, positive).sum()
     not_above = torch.searchsorted(negative, positive, right=True).sum()
     return (below + not_above).double() / (2 * len(positive) * len(negative))
@@ -155,12 +154,13 @@ def parse_args(argv=None):
     add("--classes", type=in_range(int, 0, 9), default=list(range(10)), nargs="+", metavar="0..9",
         help="of p_data [official]")
     add("--p0", default="cifar100", metavar="SET",
-        help="cifar100 [our substitution]; noise; rest: all but --classes; a .npy [N, 32, 32, 3]")
+        help="cifar100 [our substitution]; svhn; noise; rest: all but --classes; a .npy "
+             "[N, 32, 32, 3]")
     add("--batch-size", type=positive, default=32, help="images of each side [official]")
     add("--lr", type=number, default=5e-4, help="learning rate [official]")
     add("--norm", default="l2", choices=("l2", "linf"), help="of balls and steps [official]")
     add("--attack-eps", type=radius, default=math.inf, help="on p_0, pixels in [0, 1] [official]")
-    add("--attack-steps", type=count, default=25, help="K at the end; 0: the control [official]")
+    add("--attack-steps", type=count, default=25, help="K at the end [official]; 0: the control")
     add("--attack-step-size", type=number, default=0.1, help="on both sides [official]")
     add("--positive-eps", type=radius, default=math.inf, help="on p_data [official]")
     add("--positive-steps", type=count, default=5, help="J, in the control too [official]")
@@ -168,7 +168,7 @@ def parse_args(argv=None):
     add("--auc-window", type=positive, default=100, help="iterations [official]")
     add("--epochs-per-step", type=positive, default=5,
         help="at most, at each K but the last [official]")
-    add("--seed", type=count, default=0, help="of weights and data order [official]")
+    add("--seed", type=seed, default=0, help="of weights and data order [official]")
     add("--limit", type=positive, default=50000, help="at most so many images of CIFAR-10's sets")
     add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
 
@@ -176,11 +176,12 @@ def parse_args(argv=None):
     add = sampling.add_argument_group("sampling; a set of samples belongs to these").add_argument
     add("--translate-from", type=in_range(int, 0, 9), metavar="0..9", help="its test images")
     add("--num-samples", type=positive, default=50000, help="of each sampler [official]")
-    add("--sample-seed", type=count, default=0, help="of p_0's order and noise: another set")
+    add("--sample-seed", type=seed, default=0, help="of p_0's order and noise: another set")
     add("--sample-steps", type=count, default=32, help="[official]")
     add("--sample-step-size", type=number, default=0.2, help="[official]")
     add("--sample-eps", type=radius, default=math.inf, help="radius around the start [official]")
-    add("--sample-norm", default="l2", choices=("l2", "linf", "none"), help="none: raw gradient")
+    add("--sample-norm", default="l2", choices=("l2", "linf", "none"),
+        help="of ball and steps [official]; none: the raw gradient")
     add("--sample-noise", type=number, default=0.0, help="standard deviation per step [official]")
     add("--sample-batch-size", type=positive, default=500, help="images moved together")
 
@@ -188,7 +189,8 @@ def parse_args(argv=None):
     add = running.add_argument_group("running; these may change").add_argument
     add("--small", action="store_true", help="other defaults, for CIFAR-10 on a CPU")
     add("--epochs", type=positive, default=200,
-        help="of the data [assumed; ood: by the released checkpoint's name; its script: 400]")
+        help="of the data [assumed; mode ood: by the released checkpoint's name, for the code "
+             "itself never ends]")
     add("--data", type=os.path.expanduser, default="./data",
         help="folder of cifar-10-batches-py, downloaded if absent")
     add("--out", type=os.path.expanduser, default="runs/binary_at_ebm", help="folder of the run")
@@ -225,7 +227,8 @@ def parse_args(argv=None):
     smoke_ood = dict(
         out="runs/binary_at_ebm-smoke-ood", epochs=20, lr=0.05, attack_steps=5, attack_eps=2.0,
         positive_eps=0.5)
-    # pairs: where the flags have the values on the left, the defaults on the right; later ones win
+    # (flags, defaults): where the flags are as on the left, the defaults on the right hold; later
+    # pairs win
     return read_flags((training, sampling, running), argv, [
         ({"mode": "ood"}, ood),
         ({"small": True}, small), ({"small": True, "mode": "ood"}, small_ood),
@@ -274,7 +277,7 @@ def make_model(arch="resnet50"):
 
 # ================================================================ train and evaluate
 def train(f, x_train, p_0, args):
-    """Train f in place, from the last checkpoint up to --epochs -> the gate's next K."""
+    """Train f in place, from the last checkpoint up to --epochs -> the gate's K."""
     if args.mode == "generation":  # the settings of both branches: [official]
         optimizer = torch.optim.Adam(f.parameters(), args.lr, betas=(0.0, 0.99))
         r1, first_K = 0.01, 0
@@ -283,8 +286,8 @@ def train(f, x_train, p_0, args):
         r1, first_K = 0.0, args.attack_steps  # the gate's last K: it stays there
     most = args.epochs_per_step * math.ceil(len(x_train) / args.batch_size)
     gate = Gate(first_K, args.attack_steps, args.auc_threshold, args.auc_window, most)
-    attack = dict(J=args.positive_steps, step=args.attack_step_size, step_pos=args.attack_step_size,
-                  eps=args.attack_eps, eps_pos=args.positive_eps, norm=args.norm)
+    attack = dict(J=args.positive_steps, step=args.attack_step_size, eps=args.attack_eps,
+                  eps_pos=args.positive_eps, norm=args.norm)
     parameters = list(f.parameters())
 
     def loss_and_gradients(x, x_0, K):
@@ -294,31 +297,32 @@ def train(f, x_train, p_0, args):
             x_pos, x_neg = adversaries(f, x, x_0, K, **attack)
         loss, f_pos, f_neg = at_ebm_loss(f, x_pos, x_neg, r1)
         gradients = torch.autograd.grad(loss, parameters)
-        # double backward returns R1's in another memory format than their parameters', for which
-        # an optimizer would take them one by one
+        # R1's double backward leaves gradients in another memory format than their parameters';
+        # an optimizer's fast path needs the same
         gradients = [torch.empty_like(p).copy_(g) for p, g in zip(parameters, gradients)]
         return loss.detach(), f_pos, f_neg, *gradients
 
     loss_and_gradients = Recorded(loss_and_gradients, args.record)
     done = resume(args, model=f, optimizer=optimizer, gate=gate)
     for epoch in range(done, args.epochs):
-        losses, areas = [], []
-        batches = torch.randperm(len(x_train), device=args.device).split(args.batch_size)
-        for batch in progress(batches, f"epoch {epoch + 1}/{args.epochs}, K {gate.K}"):
-            K, x = gate.K, to_float(x_train[batch])
-            x_0 = to_float(p_0[torch.randint(len(p_0), batch.shape, device=args.device)])
-            if not args.smoke:  # digits have a direction
-                x, x_0 = crop_flip(x), crop_flip(x_0)  # [official; mode ood: ours]
-            loss, f_pos, f_neg, *gradients = loss_and_gradients(x, x_0, K=K)
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient
-            optimizer.step()
-            losses.append(loss.clone())  # the next recorded update overwrites it
-            areas.append(auc(f_pos, f_neg).item())
-            gate.update(areas[-1])
-        log(args, epoch=epoch + 1, K=K, loss=torch.stack(losses).mean().item(),
-            auc=sum(areas) / len(areas))
-        save_checkpoint(args, epoch + 1, model=f, optimizer=optimizer, gate=gate)
+        with in_epoch(epoch):
+            losses, areas = [], []
+            batches = torch.randperm(len(x_train), device=args.device).split(args.batch_size)
+            for batch in progress(batches, f"epoch {epoch + 1}/{args.epochs}, K {gate.K}"):
+                K, x = gate.K, to_float(x_train[batch])
+                x_0 = to_float(p_0[torch.randint(len(p_0), batch.shape, device=args.device)])
+                if not args.smoke:  # digits have a direction
+                    x, x_0 = crop_flip(x), crop_flip(x_0)  # [official; mode ood: ours]
+                loss, f_pos, f_neg, *gradients = loss_and_gradients(x, x_0, K=K)
+                for parameter, gradient in zip(parameters, gradients):
+                    parameter.grad = gradient
+                optimizer.step()
+                losses.append(loss.clone())  # the next recorded update overwrites it
+                areas.append(auc(f_pos, f_neg).item())
+                gate.update(areas[-1])
+            log(args, epoch=epoch + 1, K=K, loss=torch.stack(losses).mean().item(),
+                auc=sum(areas) / len(areas), e_data=-scores(f, x_train[:250]).mean().item())
+            save_checkpoint(args, epoch + 1, model=f, optimizer=optimizer, gate=gate)
     return gate.K
 
 
@@ -376,7 +380,8 @@ def scores(f, x):
 
 def energies(f, x):
     """The 5, 25, 50, 75 and 95 % quantiles of E(x)."""
-    return np.quantile(-scores(f, x).cpu().numpy(), [.05, .25, .5, .75, .95]).tolist()
+    shares = torch.tensor([.05, .25, .5, .75, .95], device=x.device)
+    return (-scores(f, x)).quantile(shares).tolist()
 
 
 def detect(f, x_data, x, images=1024, steps=100, eps=1.0):
@@ -389,7 +394,7 @@ def detect(f, x_data, x, images=1024, steps=100, eps=1.0):
             _, f_best = worst_case(logit(f), batch, steps, 2.5 * eps / steps, eps=eps, restarts=5)
         worst.append(f_best)
     f_data, f_x = scores(f, x_data), scores(f, x)
-    f_worst = torch.cat(worst).maximum(f_x)  # worst_case saw x, too: this undoes rounding alone
+    f_worst = torch.cat(worst).maximum(f_x)  # above f_x already, but for rounding
     return {"n": len(x), "auroc": auc(f_data, f_x).item(),
             "auroc_worst": auc(f_data, f_worst).item(), "eps": eps, "steps": steps}
 
@@ -474,14 +479,24 @@ def run(args):
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-TRY = "try a smaller --lr or another --seed, in another --out"
+
+
+@contextmanager
+def in_epoch(epoch):
+    """Around an epoch and its checkpoint: says what to do where the training diverges."""
+    try:
+        yield
+    except Refused as e:  # a NaN in an attack or a chain; figures or weights that are not finite
+        keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
+        raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}try a smaller --lr "
+                      "or another --seed, in another --out") from e
 
 
 def log(args, epoch, **figures):
     """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is not finite.
     """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise Refused(f"training diverged ({figures}): {TRY}")
+        raise Refused(f"{figures}")
     figures = {"epoch": epoch, **figures}
     say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -491,10 +506,10 @@ def log(args, epoch, **figures):
 
 
 def save_checkpoint(args, epoch, **parts):
-    """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
+    """Replace --out's checkpoint by the state of the parts. Refused: a weight is not finite."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise Refused(f"training diverged, its weights are not finite: {TRY}")
+        raise Refused("its weights are not finite")
     state["epoch"], state["epochs"] = epoch, args.epochs
     state["flags"] = flag_values(args, args.training)
     state["rng"] = torch.get_rng_state()

@@ -40,6 +40,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,8 +50,8 @@ from torchvision.models.resnet import BasicBlock, resnet18, resnet50
 from samplers import (HelpFormatter, Recorded, Refused, accuracy, ascend, claimed, count, crop_flip,
                       cross_entropy, flag_values, fraction, frozen, is_there, load_data, log_p_x,
                       log_p_x_given_y, log_p_y_given_x, number, one_line, positive, progress,
-                      radius, reinforced, save_samples, say, say_how_long, set_of_samples, starts,
-                      to_float, to_uint8, typed, write)
+                      radius, reinforced, save_samples, say, say_how_long, seed, set_of_samples,
+                      starts, to_float, to_uint8, typed, write)
 
 
 # ================================================================ the method
@@ -120,7 +121,7 @@ def parse_args(argv=None):
         help="0: no attack, no random start either, the control [assumed: Santurkar]")
     add("--attack-step-size", type=number, default=0.1,
         help="for images in [0, 1] [assumed: Santurkar]")
-    add("--seed", type=count, default=0, help="of weights, data order and attacks")
+    add("--seed", type=seed, default=0, help="of weights, data order and attacks")
     add("--limit", type=positive, default=50000, help="at most so many images of each set")
     add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
 
@@ -132,7 +133,7 @@ def parse_args(argv=None):
     add("--start-split", default="train", choices=("train", "test"),
         help="the Gaussians' images [ours, so that no test image enters; Santurkar: test]")
     add("--num-samples", type=positive, default=50000, help="of each sampler [assumed]")
-    add("--sample-seed", type=count, default=0, help="of starts and noise: another set of samples")
+    add("--sample-seed", type=seed, default=0, help="of starts and noise: another set of samples")
     add("--sample-steps", type=count, default=60, help="[Santurkar]")
     add("--sample-step-size", type=number,
         help="l2 length, of images in [0, 1]; None: 0.5 [Santurkar]. langevin reads it only "
@@ -167,7 +168,7 @@ def parse_args(argv=None):
     smoke = dict(
         out="runs/cem_sup-smoke", arch="small-16", epochs=9, batch_size=32, schedule="cycle",
         attack_eps=2.0, attack_steps=1, attack_step_size=2.0, sample_steps=30, num_samples=100)
-    # pairs: where the flags have the values on the left, the defaults on the right
+    # (flags, defaults): where the flags are as on the left, the defaults on the right hold
     return read_flags((training, sampling, running), argv,
                       [({"small": True}, small), ({"smoke": True}, smoke)])
 
@@ -242,22 +243,24 @@ def train(f, x_train, y_train, args):
     loss_and_gradients = Recorded(loss_and_gradients, args.record)
     done = resume(args, model=f, optimizer=optimizer)
     for epoch in range(done, args.epochs):
-        f.train()
-        losses = []
-        batches = torch.randperm(len(x_train), device=args.device).split(args.batch_size)
-        for i, batch in enumerate(progress(batches, f"epoch {epoch + 1}/{args.epochs}")):
-            lr = learning_rate(args, (epoch + i / len(batches)) / args.epochs)
-            optimizer.param_groups[0]["lr"] = lr
-            x, y = to_float(x_train[batch]), y_train[batch]
-            if not args.smoke:  # digits have a direction
-                x = crop_flip(x)  # [assumed; robustness adds colour jitter and a 2-degree rotation]
-            loss, *gradients = loss_and_gradients(x, y)
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient
-            optimizer.step()
-            losses.append(loss.clone())  # the next recorded update overwrites it
-        log(args, epoch=epoch + 1, loss=torch.stack(losses).mean().item(), lr=lr)
-        save_checkpoint(args, epoch + 1, model=f, optimizer=optimizer)
+        with in_epoch(epoch):
+            f.train()
+            losses = []
+            batches = torch.randperm(len(x_train), device=args.device).split(args.batch_size)
+            for i, batch in enumerate(progress(batches, f"epoch {epoch + 1}/{args.epochs}")):
+                lr = learning_rate(args, (epoch + i / len(batches)) / args.epochs)
+                optimizer.param_groups[0]["lr"] = lr
+                x, y = to_float(x_train[batch]), y_train[batch]
+                if not args.smoke:  # digits have a direction
+                    # [assumed; robustness adds colour jitter and a 2-degree rotation]
+                    x = crop_flip(x)
+                loss, *gradients = loss_and_gradients(x, y)
+                for parameter, gradient in zip(parameters, gradients):
+                    parameter.grad = gradient
+                optimizer.step()
+                losses.append(loss.clone())  # the next recorded update overwrites it
+            log(args, epoch=epoch + 1, loss=torch.stack(losses).mean().item(), lr=lr)
+            save_checkpoint(args, epoch + 1, model=f, optimizer=optimizer)
 
 
 def evaluate(f, x, y, args):
@@ -307,7 +310,9 @@ def run(args):
     names = []
     for sampler in args.sampler:
         settings = with_own_step(args, sampler)
-        name, made_with = set_of_samples(settings, sampler)
+        # the split is that of the Gaussians' images
+        unused = () if args.start in ("class", "pooled") else ("start_split",)
+        name, made_with = set_of_samples(settings, sampler, *unused)
         if not is_there(args, results, name, made_with):
             images, labels, moved = sample(f, sampler, start, settings)
             if sampler == "langevin" and args.start != "class":
@@ -321,14 +326,24 @@ def run(args):
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-TRY = "try a smaller --lr or another --seed, in another --out"
+
+
+@contextmanager
+def in_epoch(epoch):
+    """Around an epoch and its checkpoint: says what to do where the training diverges."""
+    try:
+        yield
+    except Refused as e:  # a NaN in an attack or a chain; figures or weights that are not finite
+        keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
+        raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}try a smaller --lr "
+                      "or another --seed, in another --out") from e
 
 
 def log(args, epoch, **figures):
     """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is not finite.
     """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise Refused(f"training diverged ({figures}): {TRY}")
+        raise Refused(f"{figures}")
     figures = {"epoch": epoch, **figures}
     say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -338,10 +353,10 @@ def log(args, epoch, **figures):
 
 
 def save_checkpoint(args, epoch, **parts):
-    """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
+    """Replace --out's checkpoint by the state of the parts. Refused: a weight is not finite."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise Refused(f"training diverged, its weights are not finite: {TRY}")
+        raise Refused("its weights are not finite")
     state["epoch"], state["epochs"] = epoch, args.epochs
     state["flags"] = flag_values(args, args.training)
     state["rng"] = torch.get_rng_state()

@@ -10,10 +10,11 @@ unit g and t are ACL's.
   MaxEnt    N samples move together to raise H = -1/N sum_i log 1/N sum_j exp f(x_i, x_j), each
             along grad -log sum_{j != i} exp f(x_i, sg[x_j]). sg: no gradient, so that the terms of
             others which contain x_i are dropped, and this is not quite grad H
-  PGD       the attack on one view as a sampler: x_i leaves its start, the positive, and nears the
-            other samples. MaxEnt's samples repel each other, PGD's attract each other
+  PGD       raises -f(x_i, x_i0) + log [ exp f(x_i, x_i0) + sum_{j != i} exp f(x_i, x_j) ], x_i0 the
+            start: the attack on one view as a sampler [assumed]. x_i leaves its start and nears the
+            other samples, where MaxEnt's samples repel each other
 
-  python cem_unsup.py                     the paper's run: CIFAR-10 (downloaded), ResNet-50
+  python cem_unsup.py                     the full run: CIFAR-10 (downloaded), ResNet-50
   python cem_unsup.py --small             CIFAR-10 on a CPU: a small net, a short schedule
   python cem_unsup.py --smoke             drawn digits, no data: under a minute on two CPU cores
   python cem_unsup.py --attack-steps 0 --out runs/cem_unsup-control      the control: no attack
@@ -45,6 +46,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,8 +58,8 @@ from torchvision.transforms.functional import rgb_to_grayscale
 from samplers import (HelpFormatter, Recorded, Refused, accuracy, ascend, claimed, count,
                       cross_entropy, entropy, eval_mode, flag_values, fraction, frozen, in_range,
                       info_nce, is_there, load_data, number, one_line, positive, progress, radius,
-                      save_samples, say, say_how_long, set_of_samples, starts, to_float, to_uint8,
-                      typed, write)
+                      save_samples, say, say_how_long, seed, set_of_samples, starts, to_float,
+                      to_uint8, typed, write)
 
 
 # ================================================================ the method
@@ -95,7 +97,7 @@ SAMPLERS = {
     # the positive is the sample's start, the negatives are the other samples [assumed]
     "pgd": lambda g, x_0, tau: info_nce(g, x_0, tau, other_positives=False),
 }
-# of the files, by --start; the slides' names
+# what a file's name calls its --start; uncond and cond are the slides' words
 SUFFIXES = {"pooled": "uncond", "class": "cond", "fields": "fields"}
 
 
@@ -146,7 +148,8 @@ def parse_args(argv=None):
     add("--crop-area", type=in_range(float, 0.01, 1), default=0.1,
         help="share of the image that a view shows, at least [ACL]")
     add("--jitter", type=fraction, default=0.5,
-        help="strength of a view's colour jitter [ACL]; 1: SimCLR's on ImageNet")
+        help="J: brightness, contrast and saturation change by up to 0.8 J, hue by 0.2 J; 0.5: "
+             "ACL's 0.4 and 0.1 [ACL]; 1: SimCLR's on ImageNet")
     add("--gray", type=fraction, default=0.2, help="share of the views that are gray [ACL]")
     add("--attack-views", default="both", choices=("both", "one"),
         help="the views that are moved [ACL, DynACL; the formula: one]")
@@ -156,7 +159,7 @@ def parse_args(argv=None):
     add("--attack-steps", type=count, default=5,
         help="[ACL, DynACL]; 0: the control, without a random start either")
     add("--attack-step-size", type=number, default=2 / 255, help="[ACL, DynACL]")
-    add("--seed", type=count, default=0, help="of weights, data order and attacks")
+    add("--seed", type=seed, default=0, help="of weights, data order and attacks")
     add("--limit", type=positive, default=50000, help="at most so many images of each set")
     add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
 
@@ -169,7 +172,7 @@ def parse_args(argv=None):
         help="the Gaussians' images [ours, so that no test image enters; Santurkar et al.: test]")
     add("--num-samples", type=in_range(int, 2), default=50000,
         help="of each sampler and start [assumed]")
-    add("--sample-seed", type=count, default=0, help="of starts and noise: another set of samples")
+    add("--sample-seed", type=seed, default=0, help="of starts and noise: another set of samples")
     add("--sample-steps", type=count, default=60, help="[assumed, as all below]")
     add("--sample-step-size", type=number, default=0.5, help="pixels in [0, 1]")
     add("--sample-eps", type=radius, default=30.0, help="radius around the start; inf: none")
@@ -202,7 +205,7 @@ def parse_args(argv=None):
         out="runs/cem_unsup-smoke", arch="small-16", epochs=5, batch_size=64, lr=0.03,
         crop_area=0.4, jitter=1.0, gray=0.5, norm="l2", attack_eps=1.0,
         attack_steps=1, attack_step_size=1.25, sample_steps=30, num_samples=100)
-    # pairs: where the flags have the values on the left, the defaults on the right
+    # (flags, defaults): where the flags are as on the left, the defaults on the right hold
     return read_flags((training, sampling, running), argv,
                       [({"small": True}, small), ({"smoke": True}, smoke)])
 
@@ -293,7 +296,7 @@ def random_boxes(n, size, least_area, device):
     area, the ratio of the sides in 3/4 to 4/3; the first of ten tries that fits."""
     u, v = torch.rand(2, n, 10, device=device)
     area = size ** 2 * (least_area + (1 - least_area) * u)
-    ratio = (2 * math.log(4 / 3) * v - math.log(4 / 3)).exp()
+    ratio = (4 / 3) ** (2 * v - 1)  # log-uniform
     tries = torch.stack([area / ratio, area * ratio], 2).sqrt().round()  # [n, 10, 2]
     fits = tries.amax(2) <= size
     first = fits.int().argmax(1)  # the first True
@@ -376,22 +379,23 @@ def train(g, x_train, args):
     loss_and_gradients = Recorded(loss_and_gradients, args.record)
     done = resume(args, model=g, optimizer=optimizer)
     for epoch in range(done, args.epochs):
-        g.train()
-        losses = []
-        order = torch.randperm(len(x_train), device=args.device)
-        batches = order[:whole].split(args.batch_size)
-        for i, batch in enumerate(progress(batches, f"epoch {epoch + 1}/{args.epochs}")):
-            lr = learning_rate(args, epoch + (i + 0.5) / len(batches))
-            optimizer.param_groups[0]["lr"] = lr
-            images = to_float(x_train[batch])
-            x, x_prime = augment(images, **views), augment(images, **views)
-            loss, *gradients = loss_and_gradients(x, x_prime)
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient
-            optimizer.step()
-            losses.append(loss.clone())  # the next recorded update overwrites it
-        log(args, epoch=epoch + 1, loss=torch.stack(losses).mean().item(), lr=lr)
-        save_checkpoint(args, epoch + 1, model=g, optimizer=optimizer)
+        with in_epoch(epoch):
+            g.train()
+            losses = []
+            order = torch.randperm(len(x_train), device=args.device)
+            batches = order[:whole].split(args.batch_size)
+            for i, batch in enumerate(progress(batches, f"epoch {epoch + 1}/{args.epochs}")):
+                lr = learning_rate(args, epoch + (i + 0.5) / len(batches))
+                optimizer.param_groups[0]["lr"] = lr
+                images = to_float(x_train[batch])
+                x, x_prime = augment(images, **views), augment(images, **views)
+                loss, *gradients = loss_and_gradients(x, x_prime)
+                for parameter, gradient in zip(parameters, gradients):
+                    parameter.grad = gradient
+                optimizer.step()
+                losses.append(loss.clone())  # the next recorded update overwrites it
+            log(args, epoch=epoch + 1, loss=torch.stack(losses).mean().item(), lr=lr)
+            save_checkpoint(args, epoch + 1, model=g, optimizer=optimizer)
 
 
 def linear_probe(g, x, y):
@@ -425,11 +429,13 @@ def run(args):
     if len(x_train) < args.batch_size:
         raise Refused(f"--batch-size {args.batch_size}: there are only {len(x_train)} train images")
     split = (x_test, y_test) if args.start_split == "test" else (x_train, y_train)
+    # here, so that a class without images is seen before the training
     start = {kind: starts(kind, *split) for kind in args.start}
     torch.manual_seed(args.seed)
     g = make_model(args.arch).to(args.device, memory_format=torch.channels_last)
     K = args.attack_steps
-    # an attack step costs 2, an update 3, both of two views; for one view x' is embedded once
+    # of one view: an attack step costs 2, an update 3. The update is of two views, the attack of
+    # both, or of one, for which x' is embedded once
     forwards = 4 * K + 6 if args.attack_views == "both" else 2 * K + 7
     say_how_long(args, g, forwards * len(x_train))
     train(g, x_train, args)
@@ -444,7 +450,9 @@ def run(args):
     names = []
     for sampler in args.sampler:
         for kind in args.start:
-            name, made_with = set_of_samples(args, f"{sampler}-{SUFFIXES[kind]}", "start")
+            # the name says the start; the split is that of the Gaussians' images
+            unused = ("start", "start_split") if kind == "fields" else ("start",)
+            name, made_with = set_of_samples(args, f"{sampler}-{SUFFIXES[kind]}", *unused)
             made_with = {"start": kind, **made_with}
             if not is_there(args, results, name, made_with):
                 images, labels, entropies = sample(g, sampler, start[kind], args)
@@ -460,14 +468,24 @@ def run(args):
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-TRY = "try a smaller --lr or another --seed, in another --out"
+
+
+@contextmanager
+def in_epoch(epoch):
+    """Around an epoch and its checkpoint: says what to do where the training diverges."""
+    try:
+        yield
+    except Refused as e:  # a NaN in an attack or a chain; figures or weights that are not finite
+        keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
+        raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}try a smaller --lr "
+                      "or another --seed, in another --out") from e
 
 
 def log(args, epoch, **figures):
     """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is not finite.
     """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise Refused(f"training diverged ({figures}): {TRY}")
+        raise Refused(f"{figures}")
     figures = {"epoch": epoch, **figures}
     say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -477,10 +495,10 @@ def log(args, epoch, **figures):
 
 
 def save_checkpoint(args, epoch, **parts):
-    """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
+    """Replace --out's checkpoint by the state of the parts. Refused: a weight is not finite."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise Refused(f"training diverged, its weights are not finite: {TRY}")
+        raise Refused("its weights are not finite")
     state["epoch"], state["epochs"] = epoch, args.epochs
     state["flags"] = flag_values(args, args.training)
     state["rng"] = torch.get_rng_state()

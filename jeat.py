@@ -4,12 +4,12 @@ Zhu et al.: Towards Understanding the Generative Capability of Adversarially Rob
 ICCV 2021. With the classifier's logits f: E(x, y) = -f(x)[y], E(x) = -log sum_k exp f(x)[k].
 
   training  max_theta mean of log p(x_adv, y) = log p(y|x_adv) + log p(x_adv)
-  attack    d += s sign grad E(x + d, y), |d| <= eps, from a random d; x + d stays in [0, 1]
-  negative  x_K: K steps x += a grad log sum_k exp f(x)[k] + n xi, chains of a replay buffer
+  attack    d += s sign grad E(x + d, y), |d|_inf <= eps, from a random d; x + d stays in [0, 1]
+  negative  x_K: K steps x += .25 grad log sum_k exp f(x)[k] + .005 xi, chains of a replay buffer
   loss      L = CE(x_adv, y) + E(x_adv) - E(x_K) = E(x_adv, y) - E(x_K)       nothing of clean x
   sampling  SGLD from Gaussians or noise on log p(x|y) = f_y + const, from the buffer on log p(x)
 
-  python jeat.py                          the paper's run: CIFAR-10 (downloaded), WRN-28-10
+  python jeat.py                          the full run, as we read it: CIFAR-10, WRN-28-10
   python jeat.py --method at --out runs/jeat-at    the paper's baseline, as we read it: PGD-10 on CE
   python jeat.py --method prejeat --out runs/prejeat     ours: CE at JEAT's x_adv, no log p(x)
   python jeat.py --small                  CIFAR-10 on a CPU: a small net, a short schedule
@@ -36,7 +36,8 @@ the paper: log p(x_adv, y), the attack, the loss, the sampling; [JEM] the code o
 ICLR 2020, rescaled from [-1, 1] to [0, 1]; [assumed] our reading; [ours] in none of them.
 Differences from JEM's code: 50,000 train images, not 45,000; the last, smaller batch is used; no
 chain is twice in a batch; the warm-up begins at 1/1000 of the rate, not at 0; the noisy images are
-clamped to [0, 1], where the attack's start must be; on CUDA, bfloat16 (--no-amp: float32).
+clamped to [0, 1], where the attack's start must be; accuracy is of images without that noise, and
+of the last checkpoint, not of the best; on CUDA, bfloat16 (--no-amp: float32).
 """
 import argparse
 import hashlib
@@ -47,6 +48,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,8 +59,8 @@ from samplers import (HelpFormatter, Recorded, Refused, ReplayBuffer, accuracy, 
                       at_least_float32, claimed, count, crop_flip, cross_entropy, eval_mode,
                       flag_values, fraction, is_there, joint_energy_score, load_data, log_p_x,
                       log_p_x_given_y, number, one_line, positive, progress, radius, save_samples,
-                      say, say_how_long, set_of_samples, sgld, starts, take, to_float, to_uint8,
-                      typed, write)
+                      say, say_how_long, seed, set_of_samples, sgld, starts, take, to_float,
+                      to_uint8, typed, write)
 
 
 # ================================================================ the method
@@ -85,13 +87,13 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
             its pieces CE and E(x_adv)
     score   what the attack raises: joint_energy_score for JEAT, and for PreJEAT, which has no
             buffer; cross_entropy for AT
-    norm, attack  of `ascend`; attack: steps, step_size, eps
+    norm, steps, step_size, eps  of the attack, as `ascend` takes them
     """
     with eval_mode(f):  # raise E(x, y), for AT the cross-entropy, in the ball; steps = 0: x itself
         x_adv = ascend(score(f, y), x, norm=norm, random_start=True, **attack)
-    logits = at_least_float32(f(x_adv))
-    ce = cross_entropy(nn.Identity(), y)(logits).mean()  # without cancellation, of these logits
-    e_adv = energy(logits).mean()
+    logits = f(x_adv)
+    e_xy, e_adv = joint_energy(logits, y).mean(), energy(logits).mean()
+    ce = e_xy - e_adv
     if buffer is None:
         return ce, (ce, e_adv)
     x_0, idx = buffer.sample(len(x))
@@ -99,7 +101,7 @@ def jeat_loss(f, x, y, buffer=None, score=joint_energy_score, sgld_steps=20, nor
         x_k = sgld(log_p_x(f), x_0, sgld_steps, **SGLD)
     buffer.update(idx, x_k)
     e_k = energy(f(x_k)).mean()
-    return joint_energy(logits, y).mean() - e_k, (ce, e_adv, e_k)  # = CE + E(x_adv) - E(x_K)
+    return e_xy - e_k, (ce, e_adv, e_k)
 
 
 SAMPLERS = {  # the scores; the starts are in `run`
@@ -158,7 +160,7 @@ def parse_args(argv=None):
         help="standard deviation, on train images in [0, 1] [JEM]")
     add("--sgld-steps", type=positive, default=20, help="K of the negatives [JEM]")
     add("--buffer-size", type=positive, default=10000, help="chains, at least a batch [JEM]")
-    add("--seed", type=count, default=0, help="of weights, data order, attacks and chains")
+    add("--seed", type=seed, default=0, help="of weights, data order, attacks and chains")
     add("--limit", type=positive, default=50000, help="at most so many images of each set")
     add("--smoke", action="store_true", help="all of it, small, on drawn digits: no downloads")
 
@@ -171,7 +173,7 @@ def parse_args(argv=None):
     add("--start-split", default="train", choices=("train", "test"),
         help="the Gaussians' images [ours, so that no test image enters]")
     add("--num-samples", type=positive, default=50000, help="of each sampler [assumed]")
-    add("--sample-seed", type=count, default=0, help="of starts and noise: another set of samples")
+    add("--sample-seed", type=seed, default=0, help="of starts and noise: another set of samples")
     add("--sample-steps", type=count, default=100, help="[assumed]")
     add("--sample-step-size", type=number, default=SGLD["step_size"],
         help="of the raw gradient [JEM]")
@@ -200,13 +202,14 @@ def parse_args(argv=None):
     no_buffer = dict(sampler=["gaussian", "noise"])
     # small and smoke: [ours]
     small = dict(
-        # diverged within 4 epochs: 5 or 6 sgld_steps at lr 3e-4 to 1e-3; 8 sgld_steps at lr 1e-4
+        # sgld_steps stays 20: 5 or 6 (at lr 3e-4 to 1e-3) and 8 (at lr 1e-4) diverged
         out="runs/jeat-small", arch="small-24", epochs=10, limit=20000, buffer_size=1000,
         test_images=1000, num_samples=500)
     smoke = dict(
         out="runs/jeat-smoke", arch="small-24", epochs=5, batch_size=32, lr=3e-3,
         lr_drops=[0.5, 0.8], sgld_steps=4, buffer_size=300, sample_steps=40, num_samples=100)
-    # pairs: where the flags have the values on the left, the defaults on the right; later ones win
+    # (flags, defaults): where the flags are as on the left, the defaults on the right hold; later
+    # pairs win
     args = read_flags((training, sampling, running), argv, [
         ({"method": "prejeat"}, no_buffer), ({"method": "at"}, no_buffer | dict(attack_steps=10)),
         ({"small": True}, small), ({"smoke": True}, smoke)])
@@ -269,8 +272,8 @@ def make_model(arch="wrn-28-10"):
 
 # ================================================================ train and evaluate
 def learning_rate(args, epoch, i, updates):
-    """At update i of this epoch, which has so many `updates`: a linear warm-up over the first 1000
-    [JEM], or over the first tenth of the training if that is less [ours]; x 0.3 at --lr-drops."""
+    """The rate at update i of an epoch's `updates`: a linear warm-up over the first 1000 [JEM], or
+    over the first tenth of the training if that is less [ours]; x 0.3 at --lr-drops."""
     warmup = min(1000, args.epochs * updates / 10)
     drops = sum(epoch >= drop * args.epochs for drop in args.lr_drops)
     return args.lr * 0.3 ** drops * min(1, (epoch * updates + i + 1) / warmup)
@@ -298,13 +301,10 @@ def train(f, buffer, x_train, y_train, args):
         parts["buffer"] = buffer
     done = resume(args, **parts)
     for epoch in range(done, args.epochs):
-        try:
+        with in_epoch(epoch):
             figures = train_epoch(f, values_and_gradients, optimizer, x_train, y_train, epoch, args)
-        except Refused as e:  # a NaN in an attack or a chain; too large a loss
-            keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
-            raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}{TRY}") from e
-        log(args, epoch=epoch + 1, **figures)
-        save_checkpoint(args, epoch + 1, **parts)
+            log(args, epoch=epoch + 1, **figures)
+            save_checkpoint(args, epoch + 1, **parts)
 
 
 def train_epoch(f, values_and_gradients, optimizer, x_train, y_train, epoch, args):
@@ -330,7 +330,7 @@ def train_epoch(f, values_and_gradients, optimizer, x_train, y_train, epoch, arg
     with eval_mode(f), torch.no_grad():
         e_clean = energy(f(x)).mean()
     largest = torch.cat([values.flatten(), e_clean[None]]).abs().max().item()
-    if math.isnan(largest) or largest > 1e8:  # [ours]
+    if not largest <= 1e8:  # or NaN; JEM's limit, there of L before each update
         raise Refused(f"a loss or an energy of size {largest:.3g}")
     names = ("loss", "ce", "e_adv", "e_k")[:values.shape[1]]  # no e_k without a buffer
     figures = dict(zip(names, values.mean(0).tolist()))
@@ -353,7 +353,7 @@ def flatness(f, x, y, args):
 
     e_xy, change  E(x + r u, y) at l2 radii r along one random direction u each, not clamped, and
                   its absolute change
-    drift         l2 distance that 200 free steps of training's SGLD go
+    drift         l2 distance that 200 free steps of training's SGLD go (their noise alone: 3.9)
     e_x           quantiles of E(x): of the images, under PGD-20, after those steps
     """
     torch.manual_seed(args.seed)
@@ -414,14 +414,17 @@ def run(args):
     }
     names = []
     for sampler in args.sampler:
-        unused = () if sampler == "gaussian" else ("start", "start_split")
+        unused = ("start", "start_split")
+        if sampler == "gaussian":  # the split is that of the Gaussians' images
+            unused = () if args.start in ("class", "pooled") else ("start_split",)
         name, made_with = set_of_samples(args, sampler, *unused)
         if not is_there(args, results, name, made_with):
             images, labels, energies = sample(f, sampler, start[sampler], args)
             row = {"n": len(images), "e_x": quantiles(energies), "flags": made_with}
             if sampler == "buffer":
                 labels = None
-                row["chains"] = len(buffer.x)  # fewer than n: each is continued several times
+                # where they are fewer than n, each is continued several times
+                row["chains"] = min(len(images), len(buffer.x))
             save_samples(f"{args.out}/samples_{name}", images, labels)
             results["samples"][name] = row
             save_results(args, results)
@@ -436,14 +439,24 @@ def run(args):
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-TRY = "try a smaller --lr or another --seed, in another --out"
+
+
+@contextmanager
+def in_epoch(epoch):
+    """Around an epoch and its checkpoint: says what to do where the training diverges."""
+    try:
+        yield
+    except Refused as e:  # a NaN in an attack or a chain; figures or weights that are not finite
+        keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
+        raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}try a smaller --lr "
+                      "or another --seed, in another --out") from e
 
 
 def log(args, epoch, **figures):
     """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is not finite.
     """
     if not all(math.isfinite(value) for value in figures.values()):
-        raise Refused(f"training diverged ({figures}): {TRY}")
+        raise Refused(f"{figures}")
     figures = {"epoch": epoch, **figures}
     say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     path, now = Path(args.out, "log.jsonl"), time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -453,10 +466,10 @@ def log(args, epoch, **figures):
 
 
 def save_checkpoint(args, epoch, **parts):
-    """Replace --out's checkpoint by the state of the parts. Refused: the model has diverged."""
+    """Replace --out's checkpoint by the state of the parts. Refused: a weight is not finite."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(t.isfinite().all() for t in state["model"].values()):
-        raise Refused(f"training diverged, its weights are not finite: {TRY}")
+        raise Refused("its weights are not finite")
     state["epoch"], state["epochs"] = epoch, args.epochs
     state["flags"] = flag_values(args, args.training)
     state["rng"] = torch.get_rng_state()

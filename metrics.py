@@ -14,8 +14,8 @@ The semantics are those of the TensorFlow originals as torch-fidelity reproduces
 - the network is TF's of 2015-12-05 in pytorch-fid's conversion. Unlike torchvision's Inception-v3
   it has 1008 classes, average pools that leave the padding out of the mean, a max pool in
   Mixed_7c, and no auxiliary head;
-- IS: softmax of all 1008 logits without bias, shuffle by RandomState(2020), 10 splits, and the
-  population std over them;
+- IS: softmax of all 1008 logits, the last layer's bias left out, shuffle by RandomState(2020), 10
+  splits, and the population std over them;
 - the network runs in true float32 (no TF32, no bfloat16), statistics and scores in float64.
 
 torch-fidelity's own tests, against which this can be checked with the weights at hand: IS of
@@ -222,8 +222,9 @@ class InceptionV3(inception.Inception3):
         """uint8 [B, 3, H, W] on any device -> pool3 [B, 2048], logits [B, 1008] without bias."""
         x = x.to(self.fc.weight)  # its device and dtype
         x = (resize_tf1(x) - 128) / 128
-        for block in list(self.children())[:-2]:  # torchvision registers all in the order of use
-            x = block(x)  # stem, Mixed_5b ... 7c, average pool; not the last two, dropout and fc
+        # the children in the order of use: stem, Mixed_5b ... 7c, average pool; last dropout and fc
+        for block in list(self.children())[:-2]:
+            x = block(x)
         pool3 = x.flatten(1)
         return pool3, pool3 @ self.fc.weight.T
 
@@ -322,7 +323,8 @@ def true_float32():
     matmul = torch.get_float32_matmul_precision()
     try:
         cudnn = backends.cudnn.allow_tf32
-    except RuntimeError:  # raised where it contradicts the new ones; they say no TF32: it is True
+    except RuntimeError:  # it contradicts the new ones; those, all "none" here, say no TF32, so it
+        # is True
         cudnn = True
     dtype = torch.get_default_dtype()
     try:
@@ -536,9 +538,12 @@ def main(argv=None):
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add = parser.add_argument
     add("samples", nargs="+", metavar="SAMPLES", help=".npz with arr_0, uint8 [N, 32, 32, 3]")
-    add("--data", default="./data", help="folder of cifar-10-batches-py, downloaded if absent")
-    add("--reference", help=".npz with mu and sigma, or with arr_0 (default: CIFAR-10 train)")
-    add("--inception-weights", help="(default: torch.hub's cache, downloaded if absent)")
+    path = os.path.expanduser
+    add("--data", type=path, default="./data",
+        help="folder of cifar-10-batches-py, downloaded if absent")
+    add("--reference", type=path,
+        help=".npz with mu and sigma, or with arr_0 (default: CIFAR-10 train)")
+    add("--inception-weights", type=path, help="(default: torch.hub's cache, downloaded if absent)")
     add("--device", choices=devices, default=devices[0], help="(default: %(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="(default: %(default)s images)")
     args = parser.parse_args(argv)

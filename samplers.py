@@ -882,6 +882,7 @@ def in_range(kind, low, high=math.inf):
 
 count, positive, radius = in_range(int, 0), in_range(int, 1), in_range(float, 0)
 number, fraction = in_range(float, 0, 1e9), in_range(float, 0, 1)  # finite
+seed = in_range(int, 0, 2 ** 62)  # torch takes no larger ones than twice that
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -306,7 +306,7 @@ def measure_binary_at_ebm(b):
 
     def loss(x, x_0):  # at the last K
         with case.autocast():
-            x_pos, x_neg = binary_at_ebm.adversaries(f, x, x_0, K, J, step, step, eps, eps_pos, norm)
+            x_pos, x_neg = binary_at_ebm.adversaries(f, x, x_0, K, J, step, eps, eps_pos, norm)
         return binary_at_ebm.at_ebm_loss(f, x_pos, x_neg)[0]
 
     def plain_loss(x, x_0):

@@ -146,15 +146,15 @@ def test_adversaries_against_steps_by_hand():
             d = d * (eps / d.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(max=1)
             x_k = (x + d).clamp(0, 1)
         return x_k
-    x_pos, x_neg = adversaries(f, x, x_0, 4, 3, 0.2, 0.1, 0.5, 0.25)
+    x_pos, x_neg = adversaries(f, x, x_0, 4, 3, 0.2, 0.5, 0.25)
     torch.testing.assert_close(x_neg, steps(x_0, 1, 4, 0.2, 0.5))
-    torch.testing.assert_close(x_pos, steps(x, -1, 3, 0.1, 0.25))
+    torch.testing.assert_close(x_pos, steps(x, -1, 3, 0.2, 0.25))
     assert not x_neg.requires_grad and all(p.grad is None for p in f.parameters())
     x_pos, x_neg = adversaries(f, x, x_0)  # the paper's: K = 25 and J = 5 steps of 0.1, unconstrained
     torch.testing.assert_close(x_neg, steps(x_0, 1, 25, 0.1, math.inf), rtol=0, atol=1e-4)
     torch.testing.assert_close(x_pos, steps(x, -1, 5, 0.1, math.inf), rtol=0, atol=1e-4)
-    x_pos, x_neg = adversaries(f, x, x_0, 1, 2, 0.01, 0.02, norm="linf")
-    assert (x_neg - x_0).abs().max().item() == pytest.approx(0.01) and (x_pos - x).abs().max() > 0.03
+    x_pos, x_neg = adversaries(f, x, x_0, 1, 2, 0.01, norm="linf")
+    assert (x_neg - x_0).abs().max().item() == pytest.approx(0.01) and (x_pos - x).abs().max() > 0.015
 
 
 def test_the_affine_resnet_is_a_batchnorm_net_in_eval_mode():
@@ -212,8 +212,8 @@ def ring_net(K_last=12, J=3, seed=0, updates=320, most=14):
                       nn.Linear(64, 1))
     net = lambda u: f(SIDE * (u - 0.5))  # noqa: E731
     optimizer, gate = torch.optim.Adam(f.parameters(), 2e-3, betas=(0.0, 0.99)), Gate(0, K_last, 0.8, 10, most)
-    for _ in range(updates):  # steps of 0.2 and 0.04, and R1, in the plane
-        x_pos, x_neg = adversaries(net, on_ring(128), torch.rand(128, 2), gate.K, J, 0.2 / SIDE, 0.04 / SIDE)
+    for _ in range(updates):  # steps of 0.2, the data's ball of 0.12, and R1, in the plane
+        x_pos, x_neg = adversaries(net, on_ring(128), torch.rand(128, 2), gate.K, J, 0.2 / SIDE, eps_pos=0.12 / SIDE)
         loss, f_pos, f_neg = at_ebm_loss(net, x_pos, x_neg, r1=0.01 / SIDE ** 2)
         optimizer.zero_grad()
         loss.backward()
@@ -226,10 +226,11 @@ def ring_net(K_last=12, J=3, seed=0, updates=320, most=14):
 
 @pytest.mark.slow
 def test_on_a_ring_d_is_one_half_on_the_data_and_less_elsewhere():
-    """The optimum of the objective. Without the attacks D is far from it; the samples alone do not tell."""
+    """The optimum of the objective. Without the attacks D is far from it; the samples alone do not tell (within: seen
+    .70 to .92, without the attacks .98; of unmoved starts .12)."""
     D, within, K = ring_net()
     print(D, within)
-    assert K == 12 and 0.45 < D[1.0] < 0.55 and D[0.5] < D[1.0] and D[1.5] < 0.45 and within >= 0.85
+    assert K == 12 and 0.45 < D[1.0] < 0.55 and D[0.5] < D[1.0] and D[1.5] < 0.45 and within >= 0.6
     D, *_ = ring_net(K_last=0, J=0)
     print(D)
     assert D[1.0] > 0.65
@@ -308,6 +309,13 @@ def test_data_keep_a_higher_logit_than_what_a_long_attack_makes(binary_at_ebm_sm
     assert attacked["auc attacked"] >= 0.7
     assert attacked["recognised before, after"][1] > control["recognised before, after"][1] + 0.04
     assert control["auc attacked"] <= 0.6
+
+
+def test_a_divergence_in_an_epochs_last_update_is_seen_before_the_checkpoint(tmp_path, capsys):
+    """Its loss was of the net before it, and the weights are finite."""
+    line = error(capsys, *TINY, "--limit", 200, "--lr", 1e8, "--out", tmp_path)
+    assert "diverged in epoch 1" in line and "e_data" in line and "smaller --lr" in line
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 # ---------------------------------------------------------------- outliers
@@ -404,7 +412,7 @@ def test_mode_generation_is_adam_and_r1_mode_ood_nesterov_without(few_images, tm
     main(tmp_path / "b", *TINY, "--mode", "ood", "--norm", "linf", "--attack-eps", 0.1, "--positive-eps", 0.3,
          "--attack-steps", 3, "--positive-steps", 2, "--attack-step-size", 0.2)
     assert seen[0] == ("SGD", 0.05, {"momentum": 0.9, "nesterov": True})
-    assert seen[1] == dict(K=3, J=2, step=0.2, step_pos=0.2, eps=0.1, eps_pos=0.3, norm="linf") and seen[2] == 0.0
+    assert seen[1] == dict(K=3, J=2, step=0.2, eps=0.1, eps_pos=0.3, norm="linf") and seen[2] == 0.0
 
 
 def gray_cifar10(root):

@@ -340,7 +340,7 @@ def test_a_second_sampling_leaves_the_first(quick, monkeypatch):
     """Noise and the buffer know no --start: what is there of them stays, and is not named by it."""
     out = quick("run")
     first, files = results_of(out)["samples"], {path.name: path.read_bytes() for path in out.glob("samples_*")}
-    quick("run", "--start", "fields")
+    quick("run", "--start", "fields", "--start-split", "test")  # the split is the Gaussians'
     assert {path.name: path.read_bytes() for path in out.glob("samples_*")}.items() > files.items()
     rows, added = results_of(out)["samples"], "gaussian_start-fields_num-samples-20_steps-3"
     assert rows.keys() - first.keys() == {added} and first.items() <= rows.items()
@@ -364,6 +364,8 @@ def test_starts(quick):
     assert torch.equal(images(out, "noise_num-samples-20_steps-0"), to_uint8(torch.rand(20, 3, 32, 32)))
     quick("run", "--sample-steps", "0", "--sampler", "buffer", "--sample-batch-size", "8")
     chains = checkpoint_of(out)["buffer"]["x"][torch.arange(20) % 15]
+    quick("run", "--num-samples", "5", "--sampler", "buffer")
+    assert results_of(out)["samples"]["buffer_num-samples-5_steps-3"]["chains"] == 5
     assert torch.equal(images(out, "buffer_num-samples-20_steps-0_batch-size-8"), to_uint8(chains))
 
 

@@ -159,6 +159,8 @@ def test_names_of_sets():
     assert name() == "cs" and name("--small") == "cs" and name("--smoke", "--sample-steps", "30") == "cs"
     assert name("--start", "a/b c.npy") == "cs_start-a-b-c.npy"
     assert name("--start-split", "test") == "cs_start-split-test"
+    unused = cem_sup.set_of_samples(cem_sup.parse_args(["--start-split", "test"]), "cs", "start_split")
+    assert unused[0] == "cs" and "start_split" not in unused[1]
     assert name("--smoke", "--sample-steps", "60") == "cs_steps-60"
 
 
@@ -419,7 +421,8 @@ def test_a_path_that_the_terminal_cannot_print(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     ("--no-such-flag", "--no-such-flag"), ("--epoch 3", "--epoch"), ("--arch vgg", "vgg"),
     ("--batch-size 0", "not in 1"), ("--lr nan", "not in"), ("--attack-steps -1", "not in"),
-    ("--attack-eps inf", "not in"), ("--epochs x", "int"), ("--lr-drops 50 100", "50 is not in 0 ... 1"),
+    ("--attack-eps inf", "not in"), (f"--seed {2 ** 63}", "not in"), ("--epochs x", "int"),
+    ("--lr-drops 50 100", "50 is not in 0 ... 1"),
     ("--sampler gan", "gan"), ("--device tpu", "tpu"), ("--norm l1", "l1"), ("--limit 5", "ten classes"),
     ("--sample-step-size inf", "not in"), ("--start no.npy", "no.npy"), ("--small", "not both"),
     ("--norm linf", "--attack-eps and --attack-step-size"), ("--norm linf --attack-eps 0.03", "--attack-step-size"),
@@ -473,7 +476,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, capsys, monkey
     for loss in (last_step_breaks, lambda *args, **attack: at_loss(*args, **attack) * float("nan")):
         monkeypatch.setattr(cem_sup, "at_loss", loss)
         line = error(capsys, *TINY, "--epochs", 3, "--out", run)
-        assert "diverged" in line or "NaN" in line
+        assert "diverged in epoch 3" in line and "--epochs 2 the last" in line and "smaller --lr" in line
         assert (run / "checkpoint.pt").read_bytes() == before
     nan = lambda f, y: lambda x: f(x)[:, 0] * float("nan")  # noqa: E731
     monkeypatch.setitem(cem_sup.SAMPLERS, "cs", nan)
