@@ -47,7 +47,6 @@ import shlex
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,10 +56,10 @@ from torchvision.models.resnet import resnet18, resnet50
 from torchvision.utils import save_image
 
 from samplers import (HelpFormatter, Recorded, Refused, ascend, claimed, count, crop_flip,
-                      flag_values, fraction, frozen, in_range, is_there, load_data, load_images,
-                      logit, number, one_line, positive, progress, radius, save_samples, say,
-                      say_how_long, seed, set_of_samples, to_float, to_uint8, typed, worst_case,
-                      write)
+                      flag_values, fraction, frozen, in_epoch, in_range, is_there, load_data,
+                      load_images, logit, number, one_line, positive, progress, radius,
+                      save_samples, say, say_how_long, seed, set_of_samples, to_float, to_uint8,
+                      typed, worst_case, write)
 
 
 # ================================================================ the method
@@ -481,17 +480,6 @@ def run(args):
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
-@contextmanager
-def in_epoch(epoch):
-    """Around an epoch and its checkpoint: says what to do where the training diverges."""
-    try:
-        yield
-    except Refused as e:  # a NaN in an attack or a chain; figures or weights that are not finite
-        keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
-        raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}try a smaller --lr "
-                      "or another --seed, in another --out") from e
-
-
 def log(args, epoch, **figures):
     """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is not finite.
     """
@@ -623,8 +611,8 @@ def read_flags(groups, argv, presets):
     for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
         missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"{typed(norm)} {given[norm]} needs {' and '.join(missing)}: what is set "
-                         "by default is of another norm")
+            parser.error(f"{typed(norm)} {given[norm]} needs {' and '.join(missing)}: the default "
+                         "may be of another norm")
     args = argparse.Namespace(**{**defaults, **given})
     args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given

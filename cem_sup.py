@@ -4,12 +4,12 @@ Wang, Wang, Yang, Lin: A Unified Contrastive Energy-based Model for Understandin
 Ability of Adversarial Training, ICLR 2022. p(x, y) = exp f(x, y) / Z, f the classifier's logits.
 
   training  min_theta E max_{|x_hat - x| <= eps} CE(x_hat, y)             adversarial training (AT)
-  inner     x_hat += a grad_x [ log sum_k exp f(x_hat, k) - f(x_hat, y) ]: Langevin's step on
-            log p(x), biased by the last term
+  inner     x_hat += a grad_x [ log sum_k exp f(x_hat, k) - f(x_hat, y) ]: Langevin's gradient of
+            log p(x), without its noise, biased by the last term
   outer     grad_theta E log p(x, y) = E grad_theta [ f(x, y) - f(x_hat, y) ]         consistency
                                      + E grad_theta [ f(x_hat, y) - f(x_hat, y_hat) ] contrastive
-            with y_hat ~ p(y|x_hat) the second is -grad_theta CE(x_hat, y): AT follows this term
-            alone and drops the first
+            over (x_hat, y_hat) ~ p. As y_hat ~ p(y|x_hat), the second is -grad_theta CE(x_hat, y):
+            AT follows this term alone, its own x_hat in the place of p's, and drops the first
   sampling  ascend log p(y|x) (TA), log p(x) (Langevin), log p(x|y) (CS), f_y + LSE f (RCS)
 
   python cem_sup.py                       the paper's run: CIFAR-10 (downloaded), ResNet-50
@@ -21,9 +21,9 @@ Writes to --out: checkpoint.pt; log.jsonl, a line an epoch; for each sampler a s
 samples_cs.{png,npz} and so on, named by the sampling flags that are not at their defaults
 (samples_cs_start-pooled_steps-25.png); results.json, with a row for each set and the accuracy. The
 same command resumes after the last finished epoch, draws what is not there yet, and leaves the rest
-(a --smoke without --out begins afresh). More epochs make all in results.json void. Langevin's step
-is JEM's: the noise of the slides' x + a grad log p(x) + sqrt(2 a) xi, .7 at a = .25, would drown an
-image in [0, 1]. Its number of steps, ball and box are those of the other samplers [ours].
+(a --smoke without --out begins afresh). More epochs make all in results.json void. Langevin takes
+JEM's step, .25 grad log p(x) + .005 xi: the slides' noise, sqrt(2 a) xi, would be .7 at a = .25 and
+drown an image in [0, 1]. Its number of steps, ball and box are the other samplers' [ours].
 
 Sources of the defaults: [slides] the authors' talk on the paper; [robustness] MadryLab/robustness,
 on which the paper builds; [Santurkar] the code of Santurkar et al., NeurIPS 2019, and their
@@ -40,18 +40,17 @@ import os
 import shlex
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, resnet18, resnet50
 
-from samplers import (HelpFormatter, Recorded, Refused, accuracy, ascend, claimed, count, crop_flip,
-                      cross_entropy, flag_values, fraction, frozen, is_there, load_data, log_p_x,
-                      log_p_x_given_y, log_p_y_given_x, number, one_line, positive, progress,
-                      radius, reinforced, save_samples, say, say_how_long, seed, set_of_samples,
-                      starts, to_float, to_uint8, typed, write)
+from samplers import (HelpFormatter, Recorded, Refused, accuracy, ascend, claimed, count,
+                      crop_flip, cross_entropy, flag_values, fraction, frozen, in_epoch, is_there,
+                      load_data, log_p_x, log_p_x_given_y, log_p_y_given_x, number, one_line,
+                      positive, progress, radius, reinforced, save_samples, say, say_how_long,
+                      seed, set_of_samples, starts, to_float, to_uint8, typed, write)
 
 
 # ================================================================ the method
@@ -62,7 +61,7 @@ def at_loss(f, x, y, **attack):
     ce = cross_entropy(f, y)
     with frozen(f):  # inner: CE = LSE f - f_y; LSE f is log p(x) + const, -f_y the bias
         x_hat = ascend(ce, x, random_start=True, **attack)  # steps = 0: it returns x
-    return ce(x_hat).mean()  # outer: minus the likelihood's contrastive term
+    return ce(x_hat).mean()  # outer: its gradient is minus the contrastive term
 
 
 SAMPLERS = {
@@ -136,8 +135,8 @@ def parse_args(argv=None):
     add("--sample-seed", type=seed, default=0, help="of starts and noise: another set of samples")
     add("--sample-steps", type=count, default=60, help="[Santurkar]")
     add("--sample-step-size", type=number,
-        help="l2 length, of images in [0, 1]; None: 0.5 [Santurkar]. langevin reads it only "
-             "together with --sample-norm; else its step is 0.25 times the gradient [JEM]")
+        help="l2 length, of images in [0, 1]; None: 0.5 [Santurkar]. langevin: 0.25 times the "
+             "gradient [JEM], unless --sample-norm is given as well")
     add("--sample-eps", type=radius, default=30.0,
         help="radius around the start; 60 x 0.5 does not reach beyond it [Santurkar]; inf: none")
     add("--sample-norm", choices=("l2", "linf", "none"),
@@ -279,7 +278,7 @@ def with_own_step(args, sampler):
     settings = argparse.Namespace(**vars(args))
     settings.defaults = {**args.defaults, **own}
     if args.sample_norm is None and sampler == "langevin":
-        settings.sample_step_size = None  # one that is given is an l2 length, for the others
+        settings.sample_step_size = None  # one that is given is a length, for the other samplers
     for flag, value in own.items():
         if getattr(settings, flag) is None:
             setattr(settings, flag, value)
@@ -291,7 +290,8 @@ def run(args):
     split = (x_test, y_test) if args.start_split == "test" else (x_train, y_train)
     # here, so that a wrong --start is seen before the training
     start = starts(args.start, *split, root=None if args.smoke else args.data)
-    if args.sampler == ["langevin"] and args.sample_norm is None and args.sample_step_size:
+    given = args.sample_step_size
+    if args.sampler == ["langevin"] and args.sample_norm is None and given is not None:
         raise Refused("langevin reads --sample-step-size only together with --sample-norm: none "
                       "(a factor of the gradient) or l2 (a length)")
     torch.manual_seed(args.seed)
@@ -326,17 +326,6 @@ def run(args):
 
 # ================================================================ the same in all four scripts
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-
-
-@contextmanager
-def in_epoch(epoch):
-    """Around an epoch and its checkpoint: says what to do where the training diverges."""
-    try:
-        yield
-    except Refused as e:  # a NaN in an attack or a chain; figures or weights that are not finite
-        keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
-        raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}try a smaller --lr "
-                      "or another --seed, in another --out") from e
 
 
 def log(args, epoch, **figures):
@@ -470,8 +459,8 @@ def read_flags(groups, argv, presets):
     for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
         missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"{typed(norm)} {given[norm]} needs {' and '.join(missing)}: what is set "
-                         "by default is of another norm")
+            parser.error(f"{typed(norm)} {given[norm]} needs {' and '.join(missing)}: the default "
+                         "may be of another norm")
     args = argparse.Namespace(**{**defaults, **given})
     args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given

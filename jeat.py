@@ -48,7 +48,6 @@ import os
 import shlex
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,10 +56,10 @@ from torch import nn
 
 from samplers import (HelpFormatter, Recorded, Refused, ReplayBuffer, accuracy, ascend,
                       at_least_float32, claimed, count, crop_flip, cross_entropy, eval_mode,
-                      flag_values, fraction, is_there, joint_energy_score, load_data, log_p_x,
-                      log_p_x_given_y, number, one_line, positive, progress, radius, save_samples,
-                      say, say_how_long, seed, set_of_samples, sgld, starts, take, to_float,
-                      to_uint8, typed, write)
+                      flag_values, fraction, in_epoch, is_there, joint_energy_score, load_data,
+                      log_p_x, log_p_x_given_y, number, one_line, positive, progress, radius,
+                      save_samples, say, say_how_long, seed, set_of_samples, sgld, starts, take,
+                      to_float, to_uint8, typed, write)
 
 
 # ================================================================ the method
@@ -441,17 +440,6 @@ def run(args):
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
-@contextmanager
-def in_epoch(epoch):
-    """Around an epoch and its checkpoint: says what to do where the training diverges."""
-    try:
-        yield
-    except Refused as e:  # a NaN in an attack or a chain; figures or weights that are not finite
-        keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
-        raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}try a smaller --lr "
-                      "or another --seed, in another --out") from e
-
-
 def log(args, epoch, **figures):
     """Print an epoch's figures; line `epoch` of log.jsonl holds them. Refused: one is not finite.
     """
@@ -583,8 +571,8 @@ def read_flags(groups, argv, presets):
     for norm, measured in (("norm", lengths), ("sample_norm", ["sample_step_size"])):
         missing = [typed(flag) for flag in measured if flag not in given]
         if given.get(norm, defaults[norm]) != defaults[norm] and missing:
-            parser.error(f"{typed(norm)} {given[norm]} needs {' and '.join(missing)}: what is set "
-                         "by default is of another norm")
+            parser.error(f"{typed(norm)} {given[norm]} needs {' and '.join(missing)}: the default "
+                         "may be of another norm")
     args = argparse.Namespace(**{**defaults, **given})
     args.training, args.sampling, args.defaults = list(training), list(sampling), defaults
     args.afresh = args.smoke and "out" not in given

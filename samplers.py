@@ -16,6 +16,7 @@ Refused for input that cannot be used (a flag, a file, a data set), and for a Na
 way; a label of no class is a device assert on CUDA.
 """
 import argparse
+import hashlib
 import io
 import math
 import os
@@ -69,7 +70,7 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
     x only: x, the parameters (.grad, requires_grad) and the modules' modes stay as they are.
     ValueError: a wrong argument; a start outside the box where eps is finite (the box would move it
     further than eps). Refused: a start, a score or a gradient that is not finite. While a CUDA
-    graph is recorded, the starts, NaN and infinity are not looked for.
+    graph is recorded, neither pixels nor gradients are checked.
     """
     _check_arguments(x, steps, step_size, eps, norm, noise, random_start)
     x_0 = x.detach().clone()
@@ -107,8 +108,8 @@ def ascend(score, x, steps, step_size, *, eps=math.inf, norm="l2", noise=0.0, ra
 def langevin(score, x, steps, step_size, *, temperature=1.0, clamp=None, generator=None,
              callback=None):
     """Langevin: x + step_size * grad score(x) + sqrt(2 * step_size * temperature) * xi (the slides
-    of the CEM authors' talk), with no box by default. Its law tends to exp(score / temperature) as
-    step_size -> 0. Otherwise as `ascend`."""
+    of the CEM authors' talk), with no box by default. After many small steps x has the density
+    exp(score / temperature), up to a constant. Otherwise as `ascend`."""
     _check_numbers(step_size=step_size, temperature=temperature)
     noise = math.sqrt(2 * step_size * temperature)
     return sgld(score, x, steps, step_size, noise, clamp=clamp, generator=generator,
@@ -194,8 +195,10 @@ def frozen(*nets):
     """eval_mode, and each batch norm folded into the convolution before it: the same function to
     rounding, 1.1 to 1.3 times as fast on a CPU. For attacks and samplers: parameters are constants
     inside. A pair is left as it is if anything else reads the convolution's output; a net, if it
-    has hooks, if a module's forward was replaced, or if torch.fx cannot trace it. A list or a dict
-    on which a forward branches must not change after the first call."""
+    has hooks, if a module's forward was replaced, or if torch.fx cannot trace it, for which its
+    forward runs once. Call the net as f(x) only: another argument, or another method, may read a
+    folded convolution. A list or a dict on which a forward branches must not change after the first
+    call."""
     folded = []
     with eval_mode(*nets):
         try:
@@ -233,12 +236,12 @@ _traced = WeakKeyDictionary()  # net: its state when it was traced, its pairs' n
 
 def _conv_norm_pairs(net):
     """(convolution, batch norm) of each norm that alone reads its convolution's output."""
-    modules = dict(net.named_modules(prefix="0"))  # as named in Sequential(net), which is traced
+    modules = dict(net.named_modules(prefix="0"))  # "0.conv1": as in _names_of_pairs' Sequential
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in vars(m)
            for m in modules.values()):  # a forward in vars: replaced; of a folded net, for one
         return []
-    # traced again if a module was replaced, or if one of its numbers or flags changed, on which a
-    # forward may branch; weak references, so that a net can be freed
+    # traced anew where a module, or one of its numbers or flags, has changed: a forward may branch
+    # on it. ref: so that a net can be freed
     plain = int, float, str, type(None)
     state = [(name, ref(m), {k: v for k, v in vars(m).items() if isinstance(v, plain)})
              for name, m in modules.items()]
@@ -435,9 +438,9 @@ def reinforced(f, y):
 def cross_entropy(f, y):
     """The supervised attack: CE = -log p(y|x) = LSE f - f_y, as softplus(LSE_{k != y} f - f_y).
 
-    LSE f - f_y has no gradient left once float32 rounds p(y|x) to 1, where f_y leads by 17: a net
-    that is sure of its label would look robust. Where it leads by 100, softplus underflows as well;
-    -1e-30 * lead, too small to change any loss, keeps the direction there.
+    LSE f - f_y has lost grad f_y once float32 rounds p(y|x) to 1, where f_y leads by 17, and all of
+    its gradient where it leads by 104: a net that is sure of its label would look robust. There
+    softplus underflows as well; -1e-30 * lead, too small to change any loss, keeps the direction.
     """
     def score(x):
         logits = outputs(f, x)
@@ -445,7 +448,7 @@ def cross_entropy(f, y):
             raise ValueError("cross-entropy needs logits of at least two classes")
         labels = check_labels(y, logits.shape).to(logits.device)
         others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
-        lead = take(logits, labels) - others
+        lead = logits.gather(1, labels[:, None]).squeeze(1) - others
         return F.softplus(-lead) - 1e-30 * lead
     return score
 
@@ -499,8 +502,9 @@ def info_nce(g, positive, temperature, other_positives=True):
 
 def entropy(g, temperature):
     """MaxEnt (CEM, recalled): -log sum_{j != i} exp(z_i . sg[z_j] / temperature), unit z = g(x):
-    the part of the batch's entropy that belongs to i. sg: no gradient. So x_i does not feel the
-    others' terms that contain it, and this is not quite the entropy's gradient."""
+    the part of the batch's entropy that belongs to i. sg, no gradient, drops the others' terms that
+    contain x_i, so that this is not quite the entropy's gradient; j = i would add a constant, and
+    changes the gradient's length only."""
     def score(x):
         if len(x) < 2:
             raise ValueError("the entropy of a batch needs at least two samples")
@@ -519,13 +523,21 @@ def _similarity_to_others(z, others, temperature):
 
 
 def outputs(f, x):
-    """f(x) [B, K], in float32 or better. ValueError: f returns something else."""
+    """f(x) [B, K], in float32 or better. ValueError: f returns something else, or a gradient is
+    wanted of one that computes in float16."""
     f_x = f(x)
     if not isinstance(f_x, torch.Tensor):
         raise ValueError(f"a net must return a tensor [{len(x)}, K], not a {type(f_x).__name__}")
     if f_x.ndim != 2 or len(f_x) != len(x):
         raise ValueError(f"a net must return [{len(x)}, K], not {list(f_x.shape)}")
+    if f_x.requires_grad and torch.float16 in (f_x.dtype, _autocast_dtype(x.device.type)):
+        raise ValueError("float16 rounds small gradients to zero, and a net would look robust: "
+                         "bfloat16 does not")
     return at_least_float32(f_x)
+
+
+def _autocast_dtype(device):
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def at_least_float32(t):
@@ -642,22 +654,21 @@ class ReplayBuffer(nn.Module):
     """x, float32 [size, *shape]: ends of SGLD chains; a chain begins afresh with probability reinit
     (JEM)."""
 
-    def __init__(self, size, shape, reinit=0.05, device="cpu", generator=None):
+    def __init__(self, size, shape, reinit=0.05, device="cpu"):
         super().__init__()
         if not 0 <= reinit <= 1:
             raise ValueError(f"reinit must be a probability, not {reinit}")
         self.reinit = reinit
-        self.random = dict(device=device, generator=generator)
-        self.register_buffer("x", torch.rand(size, *shape, dtype=torch.float32, **self.random))
+        self.register_buffer("x", torch.rand(size, *shape, dtype=torch.float32, device=device))
 
     def sample(self, n):
         """Starts x_0 [n, *shape], fresh ones uniform in [0, 1], and their distinct idx [n]."""
         if n > len(self.x):
             raise ValueError(f"a buffer of {len(self.x)} has no {n} distinct samples")
-        idx = torch.randperm(len(self.x), **self.random)[:n]
+        idx = torch.randperm(len(self.x), device=self.x.device)[:n]
         x_0 = self.x[idx]
-        noise = torch.rand(x_0.shape, dtype=x_0.dtype, **self.random)
-        fresh = torch.rand(n, *[1] * (x_0.ndim - 1), **self.random) < self.reinit
+        noise = torch.rand_like(x_0)
+        fresh = torch.rand(n, *[1] * (x_0.ndim - 1), device=x_0.device) < self.reinit
         return torch.where(fresh, noise, x_0), idx
 
     def update(self, idx, x):
@@ -720,9 +731,12 @@ def to_float(x):
 
 
 def to_uint8(x):
-    """float -> uint8: x * 255 to the nearest integer, clipped; uint8 stays. Refused: not finite."""
+    """float -> uint8: x * 255 to the nearest integer, clipped; uint8 stays. ValueError: other
+    integers. Refused: not finite."""
     if x.dtype == torch.uint8:
         return x
+    if not x.is_floating_point():
+        raise ValueError(f"images must be uint8 or float, not {x.dtype}")
     if not x.isfinite().all():
         bad = int((~x.isfinite()).sum())
         raise Refused(f"to_uint8: {bad} of {x.numel()} pixels are NaN or infinite")
@@ -839,8 +853,9 @@ def save_samples(prefix, x, labels=None):
     images at most, with labels a row per class. ValueError: not one label per image, a NaN."""
     if labels is not None:
         labels = torch.as_tensor(labels)
-        if labels.shape != x.shape[:1]:
-            raise ValueError(f"save_samples: labels {list(labels.shape)} for {len(x)} images")
+        if labels.shape != x.shape[:1] or labels.is_floating_point():
+            raise ValueError(f"save_samples: labels must be integers [{len(x)}], not "
+                             f"{labels.dtype} {list(labels.shape)}")
     x = to_uint8(check_images(x).detach()).cpu()
     arrays = [x.permute(0, 2, 3, 1).numpy()]
     shown, columns = torch.arange(min(len(x), 100)), 10
@@ -856,14 +871,12 @@ def save_samples(prefix, x, labels=None):
     save_image(to_float(x[shown]), f"{prefix}.png", nrow=columns, pad_value=1.0)
 
 
-def save_animation(path, frames, scale=1):
+def save_animation(path, frames):
     """Write a GIF of frames, a list of x_k [N, 3, H, W] as `ascend`'s callback sees them, each a
-    grid of 10 images a row; the last one stays for two seconds. Each pixel is drawn
-    scale x scale."""
+    grid of 10 images a row; the last one stays for two seconds."""
     grids = []
     for x in frames:
         grid = make_grid(to_uint8(x.detach()).cpu(), nrow=10, pad_value=255)
-        grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         grids.append(torchvision.transforms.functional.to_pil_image(grid))
     durations = [100] * (len(grids) - 1) + [2000]  # ms
     grids[0].save(path, save_all=True, append_images=grids[1:], duration=durations, loop=0)
@@ -882,7 +895,7 @@ def in_range(kind, low, high=math.inf):
 
 count, positive, radius = in_range(int, 0), in_range(int, 1), in_range(float, 0)
 number, fraction = in_range(float, 0, 1e9), in_range(float, 0, 1)  # finite
-seed = in_range(int, 0, 2 ** 62)  # torch takes no larger ones than twice that
+seed = in_range(int, 0, 2 ** 62)  # twice the largest, and 1, is still one for torch
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -892,11 +905,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def set_of_samples(args, sampler, *unused):
     """A set's name: the sampler, and each sampling flag that is not at its default; and its flags.
     args: of a script, whose read_flags adds the names of its sampling flags and all defaults.
-    unused: flags that this sampler does not read."""
+    unused: flags that this sampler does not read. A name that no file can have, such as one with a
+    path in it, is cut, and ends in a hash of the whole."""
     made_with = flag_values(args, [flag for flag in args.sampling if flag not in unused])
     changed = [f"{typed(flag)[2:].removeprefix('sample-')}-{value}"
                for flag, value in made_with.items() if getattr(args, flag) != args.defaults[flag]]
-    return re.sub(r"[^\w.-]", "-", "_".join([sampler, *changed])), made_with
+    whole = "_".join([sampler, *changed])
+    name = re.sub(r"[^\w.-]", "-", whole)[:150]
+    if name != whole:
+        name += "-" + hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return name, made_with
 
 
 def is_there(args, results, name, made_with):
@@ -917,8 +935,9 @@ def flag_values(args, names):
 
 # ---------------------------------------------------------------- a run's words and its folder
 def progress(batches, what):
-    """Yield the batches, and print how far it is, how fast, and how long it will still take: on a
-    terminal in one line that rewrites itself, elsewhere every half minute."""
+    """Yield the batches, a list or a tuple of tensors, and print how far it is, how fast, and how
+    long it will still take: on a terminal in one line that rewrites itself, elsewhere every half
+    minute."""
     begun = said = time.monotonic()
     done, total = 0, sum(map(len, batches))
     for batch in batches:
@@ -950,6 +969,17 @@ def say_how_long(args, net, forwards):
     can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if not args.amp and (can.get("amx_bf16") or can.get("avx512_bf16")):
         say("this processor has bfloat16 units: with --amp it is 2 to 4 times faster")
+
+
+@contextmanager
+def in_epoch(epoch):
+    """Around an epoch and its checkpoint: says what to do where the training diverges."""
+    try:
+        yield
+    except Refused as e:  # a NaN in an attack or a chain; figures or weights that are not finite
+        keeps = f"with --epochs {epoch} the last checkpoint is sampled; " if epoch > 0 else ""
+        raise Refused(f"training diverged in epoch {epoch + 1} ({e}): {keeps}try a smaller --lr "
+                      "or another --seed, in another --out") from e
 
 
 def on_a_terminal():

@@ -118,9 +118,10 @@ def test_langevin_has_a_step_of_its_own():
     assert steps == [0.2, 0.25]
 
 
-def test_a_step_size_that_langevin_alone_would_not_read_is_refused(capsys, tmp_path):
+@pytest.mark.parametrize("step_size", [0.1, 0])
+def test_a_step_size_that_langevin_alone_would_not_read_is_refused(step_size, capsys, tmp_path):
     line = error(cem_sup, capsys, "--smoke", "--out", tmp_path / "out", "--sampler", "langevin",
-                          "--sample-step-size", 0.1)
+                          "--sample-step-size", step_size)
     assert "langevin reads --sample-step-size only together with --sample-norm" in line
     assert not (tmp_path / "out").exists()
 

@@ -157,7 +157,9 @@ def test_names_of_sets():
     """Paths and lists too make a file's name."""
     name = lambda *flags: cem_sup.set_of_samples(cem_sup.parse_args(list(flags)), "cs")[0]  # noqa: E731
     assert name() == "cs" and name("--small") == "cs" and name("--smoke", "--sample-steps", "30") == "cs"
-    assert name("--start", "a/b c.npy") == "cs_start-a-b-c.npy"
+    paths = [name("--start", path) for path in ("a/b c.npy", "a-b-c.npy", "x" * 300, "x" * 301)]
+    assert paths[0].startswith("cs_start-a-b-c.npy-") and paths[1] == "cs_start-a-b-c.npy"
+    assert len(set(paths)) == 4 and max(map(len, paths)) < 200
     assert name("--start-split", "test") == "cs_start-split-test"
     unused = cem_sup.set_of_samples(cem_sup.parse_args(["--start-split", "test"]), "cs", "start_split")
     assert unused[0] == "cs" and "start_split" not in unused[1]

@@ -392,6 +392,8 @@ def test_worst_case_accuracy_and_files_refuse_nan(tmp_path):
         with pytest.raises(ValueError, match="of 4 samples"):
             accuracy(f, x, torch.arange(4), **score)
     x[1, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="labels must be integers"):
+        save_samples(tmp_path / "a", x[:1], [0.7])
     for write in (to_uint8, partial(save_samples, tmp_path / "a")):
         with pytest.raises(ValueError):
             write(x)
@@ -481,8 +483,21 @@ def test_worst_case_is_the_best_of_all_that_it_saw(norm):
     assert (few >= score(x)).all() and (value >= few).all() and (value > few).any()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_float16_is_refused_where_gradients_are_wanted(whole):
+    """Where the net is sure, they are zero in it, and it would look robust: half of its output, or under autocast."""
+    x, y = torch.rand(4, 3, 8, 8, generator=rng()), torch.arange(4)
+    f = image_net().eval()
+    net = (lambda x: f(x).half()) if whole else (lambda x: f(x).float())
+    with torch.autocast("cpu", torch.float16, enabled=not whole):
+        accuracy(net, x, y)  # no gradient
+        with pytest.raises(ValueError, match="float16"):
+            accuracy(net, x, y, cross_entropy, steps=1, step_size=0.1, eps=0.5)
+
+
 def test_replay_buffer():
-    buffer = ReplayBuffer(1000, (2, 3), reinit=0.2, generator=rng())
+    torch.manual_seed(0)
+    buffer = ReplayBuffer(1000, (2, 3), reinit=0.2)
     assert 0 <= buffer.x.min() and buffer.x.max() < 1 and abs(buffer.x.mean() - 0.5) < 0.02
     fresh, counts = 0, torch.zeros(1000)
     for k in range(50):
@@ -940,6 +955,8 @@ def test_rounding():
     every = torch.arange(256, dtype=torch.uint8)
     exact(to_float(every), torch.arange(256) / 255)
     exact(to_uint8(to_float(every)), every)
+    with pytest.raises(ValueError, match="uint8 or float"):  # 0 ... 255 would become 0 and 255
+        to_uint8(every.long())
     assert to_uint8(every) is every and to_float(x) is x
 
 
