@@ -501,7 +501,8 @@ def test_a_set_of_samples_for_each_sampler_and_start(few_images, tmp_path, monke
     first, files = finished(tmp_path)
     results, later = finished(tmp_path, "--start", "fields", "class", "pooled", "--sample-steps", "0")
     # the split is the Gaussians'
-    finished(tmp_path, "--start", "fields", "--start-split", "test", "--sample-steps", "0")
+    again, _ = finished(tmp_path, "--start", "fields", "--start-split", "test", "--sample-steps", "0")
+    assert again["samples"].keys() == results["samples"].keys()
     added = {f"{sampler}-{name}_num-samples-20_steps-0": kind for sampler in ("maxent", "pgd")
              for name, kind in (("uncond", "pooled"), ("cond", "class"), ("fields", "fields"))}
     assert results["samples"].keys() == first["samples"].keys() | added.keys() and len(first["samples"]) == 4

@@ -153,6 +153,12 @@ def test_infinite_radii_are_strict_json(run):
     assert results_of(run)["samples"]["ta_num-samples-20_steps-3_eps-inf"]["flags"]["sample_eps"] == "inf"
 
 
+def test_the_split_is_the_gaussians(run):
+    again(run, "--sampler", "ta", "--start", "fields", "--start-split", "test")
+    row = results_of(run)["samples"]["ta_start-fields_num-samples-20_steps-3"]
+    assert "start_split" not in row["flags"]
+
+
 def test_names_of_sets():
     """Paths and lists too make a file's name."""
     name = lambda *flags: cem_sup.set_of_samples(cem_sup.parse_args(list(flags)), "cs")[0]  # noqa: E731
