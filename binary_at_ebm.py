@@ -89,7 +89,7 @@ def r1_penalty(logits, x):
 
 class Gate:
     """K, raised by 1 up to `last` when a full window of AUCs has a mean above the threshold, or
-    after `most` iterations, five epochs; then the window is empty again [official]."""
+    after `most` iterations, by default five epochs'; then the window is empty again [official]."""
 
     def __init__(self, K=0, last=25, threshold=0.8, window=100, most=7815):
         self.K, self.last = K, last
@@ -117,7 +117,7 @@ def auc(positive, negative):
     NaN."""
     positive, negative = positive.flatten(), negative.flatten().sort().values
     if len(positive) * len(negative) == 0 or positive.isnan().any() or negative.isnan().any():
-        raise Refused("auc: no scores, or scores that are NaN: has the training diverged?")
+        raise Refused("auc: no scores, or scores that are NaN")
     below = torch.searchsorted(negative, positive).sum()
     not_above = torch.searchsorted(negative, positive, right=True).sum()
     return (below + not_above).double() / (2 * len(positive) * len(negative))

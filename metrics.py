@@ -323,8 +323,7 @@ def true_float32():
     matmul = torch.get_float32_matmul_precision()
     try:
         cudnn = backends.cudnn.allow_tf32
-    except RuntimeError:  # it contradicts the new ones; those, all "none" here, say no TF32, so it
-        # is True
+    except RuntimeError:  # it contradicts the new ones, which, all at "none", say no TF32
         cudnn = True
     dtype = torch.get_default_dtype()
     try:

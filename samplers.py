@@ -531,8 +531,8 @@ def outputs(f, x):
     if f_x.ndim != 2 or len(f_x) != len(x):
         raise ValueError(f"a net must return [{len(x)}, K], not {list(f_x.shape)}")
     if f_x.requires_grad and torch.float16 in (f_x.dtype, _autocast_dtype(x.device.type)):
-        raise ValueError("float16 rounds small gradients to zero, and a net would look robust: "
-                         "bfloat16 does not")
+        raise ValueError("float16 rounds small gradients to zero, so that a net would look robust: "
+                         "use bfloat16 or float32")
     return at_least_float32(f_x)
 
 
